@@ -1,0 +1,229 @@
+"""What a run leaves on disk, and reading and writing it so that a kill at any instant is harmless.
+
+    <folder>/config.json       what the run is; never changes
+    <folder>/metrics.jsonl     one JSON object a line, appended; a torn last line is ignored
+    <folder>/status.json       state, attempt, step, heartbeat, error; replaced atomically
+    <folder>/checkpoints/      step-<n>/ folders of safetensors and JSON (scaling.checkpoint)
+
+The same layout serves tokenizer runs, token caches and transformer runs. No torch.
+
+Kinds of lines in ``metrics.jsonl`` of a transformer run (DESIGN's words and units):
+    {"kind": "train", "step", "loss_avg", "loss_last", "error_avg", "error_last", "lr", "grad_norm",
+     "images_per_second", "tokens", "epochs", "flops"}
+    {"kind": "eval", "step", "params", "params_total", "tokens", "unique_tokens", "epochs", "flops",
+     "flops_6nd", "loss_avg", "loss_avg_se", "loss_last", "loss_last_se", "error_avg", "error_avg_se",
+     "error_last", "error_last_se", "loss_scales": [...], "error_scales": [...], "eval_images", "seconds"}
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+STATES = ("waiting", "running", "interrupted", "done", "failed")
+
+
+class RecordsError(RuntimeError):
+    """A folder that does not hold what it should; the message says which and what to do."""
+
+
+class FolderBusyError(RecordsError):
+    """Another live process works in the folder."""
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write ``text`` to ``path`` so that a reader sees the old or the new file, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """``write_atomic`` of pretty JSON."""
+    write_atomic(path, json.dumps(value, indent=1) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The file's value; ``RecordsError`` naming the file when it is missing or not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecordsError(f"{path}: no such file") from None
+    except json.JSONDecodeError as error:
+        raise RecordsError(f"{path}: not valid JSON ({error})") from None
+
+
+class RunFolder:
+    """One folder of the layout above."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._metrics: IO[str] | None = None
+
+    @property
+    def name(self) -> str:
+        """The run's id."""
+        return self.path.name
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints lie."""
+        return self.path / "checkpoints"
+
+    def create(self, config: dict[str, Any]) -> None:
+        """Make the folder with its ``config.json``.
+
+        Raises:
+            RecordsError: the folder exists and holds another config.
+        """
+        file = self.path / "config.json"
+        if file.exists():
+            if read_json(file) != config:
+                raise RecordsError(
+                    f"{self.path} holds another config (its config.json differs from the recipe's); "
+                    "choose another sweep name or remove the folder"
+                )
+            return
+        write_json(file, config)
+
+    def config(self) -> dict[str, Any]:
+        """The plain values of ``config.json``."""
+        value = read_json(self.path / "config.json")
+        if not isinstance(value, dict):
+            raise RecordsError(f"{self.path / 'config.json'}: expected a JSON object")
+        return value
+
+    # -- metrics -----------------------------------------------------------------------------
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Append one line and hand it to the operating system."""
+        if self._metrics is None:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._metrics = (self.path / "metrics.jsonl").open("a", encoding="utf-8")
+        self._metrics.write(json.dumps(record) + "\n")
+        self._metrics.flush()
+
+    def metrics(self, kind: str | None = None) -> list[dict[str, Any]]:
+        """All complete lines in order, of one kind if given.
+
+        A run that was killed and resumed writes some steps twice, with equal values; the last
+        line of each (kind, step) counts. A torn last line is ignored; a broken line elsewhere is an error.
+        """
+        file = self.path / "metrics.jsonl"
+        if not file.exists():
+            return []
+        found: dict[tuple[Any, Any], dict[str, Any]] = {}
+        lines = file.read_bytes().split(b"\n")
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except (json.JSONDecodeError, UnicodeDecodeError):
+                if number == len(lines):
+                    continue
+                raise RecordsError(f"{file}, line {number}: not valid JSON") from None
+            key = (record.get("kind"), record.get("step"))
+            found.pop(key, None)
+            found[key] = record
+        return [r for r in found.values() if kind is None or r.get("kind") == kind]
+
+    def truncate(self, step: int) -> None:
+        """Drop lines after ``step`` and a torn last line, so that a resumed run goes on from there."""
+        self.close()
+        file = self.path / "metrics.jsonl"
+        if file.exists():
+            kept = [r for r in self.metrics() if r.get("step", 0) <= step]
+            write_atomic(file, "".join(json.dumps(r) + "\n" for r in kept))
+
+    def close(self) -> None:
+        """Close the metrics file; the next append opens it again."""
+        if self._metrics is not None:
+            self._metrics.close()
+            self._metrics = None
+
+    # -- status ------------------------------------------------------------------------------
+
+    def status(self) -> dict[str, Any]:
+        """``state`` and what else was set; ``{"state": "waiting"}`` before the first start."""
+        file = self.path / "status.json"
+        if not file.exists():
+            return {"state": "waiting", "attempt": 0}
+        value = read_json(file)
+        if not isinstance(value, dict) or value.get("state") not in STATES:
+            raise RecordsError(f"{file}: expected a JSON object with a state of {', '.join(STATES)}")
+        return value
+
+    def set_status(self, state: str, **more: Any) -> None:
+        """Replace the state and merge ``more`` into ``status.json``; sets ``heartbeat`` (Unix time)."""
+        if state not in STATES:
+            raise ValueError(f"unknown state {state!r}")
+        known = self.status()
+        if state in ("running", "done"):
+            known.pop("error", None)
+        write_json(self.path / "status.json", known | more | {"state": state, "heartbeat": time.time()})
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the folder for this process; released by the system even on SIGKILL.
+
+        Raises:
+            FolderBusyError: another process holds it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise FolderBusyError(f"{self.path} is in use by another process") from None
+            yield
+
+    def busy(self) -> bool:
+        """Whether a live process holds the folder's lock."""
+        if not (self.path / ".lock").exists():
+            return False
+        try:
+            with self.lock():
+                return False
+        except FolderBusyError:
+            return True
+
+
+def list_runs(sweep: str | Path) -> list[RunFolder]:
+    """The transformer runs of a sweep folder, in the order of its ``sweep.json`` (else by name).
+
+    Raises:
+        RecordsError: no such folder, or no runs in it.
+    """
+    root = Path(sweep)
+    if not root.is_dir():
+        raise RecordsError(f"{root}: no such sweep folder; run the sweep first")
+    if (root / "sweep.json").exists():
+        names = read_json(root / "sweep.json").get("runs", [])
+        runs = [RunFolder(root / name) for name in names if (root / name / "config.json").exists()]
+    else:
+        runs = [RunFolder(p.parent) for p in sorted(root.glob("*/config.json"))]
+    if not runs:
+        raise RecordsError(f"{root}: no runs in it yet")
+    return runs
+
+
+def finite(value: float) -> bool:
+    """Whether a recorded number is a real one."""
+    return isinstance(value, int | float) and math.isfinite(value)

@@ -1,0 +1,165 @@
+"""Frozen dataclasses to and from plain JSON values, strictly, and their content hash.
+
+Strict means: an unknown key, a missing value or a wrong type is a ``ConfigError`` that says
+which key, what was given and what was expected. A reader of YAML passes ``locate`` to add
+the file and line. Fields with ``metadata={"identity": False}`` (where data lies, not what it
+is) are left out of ``identity`` and so of every hash.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+T = TypeVar("T")
+Path = tuple[str, ...]
+Locate = Callable[[Path], str]
+
+
+class ConfigError(ValueError):
+    """A description that cannot be run; the message is meant for the person who wrote it."""
+
+
+def here(path: Path) -> str:
+    """The default ``locate``: the dotted key alone."""
+    return ".".join(path) or "(top level)"
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def from_dict(cls: type[T], data: Any, locate: Locate = here, path: Path = ()) -> T:
+    """Build the dataclass ``cls`` from plain values.
+
+    Args:
+        cls: a (frozen) dataclass; nested dataclasses, tuples, ``X | None`` and ``Literal`` are understood.
+        data: what JSON or YAML gave, a mapping.
+        locate: from a key's path to where a person finds it, for messages.
+        path: the path of ``data`` itself.
+
+    Raises:
+        ConfigError: unknown key (with the nearest known one), missing key, wrong type, bad value.
+    """
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{locate(path)}: expected a mapping of keys, got {_show(data)}")
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key in data:
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.5)
+            hint = f"; did you mean '{near[0]}'?" if near else f"; known keys: {', '.join(fields)}"
+            raise ConfigError(f"{locate((*path, str(key)))}: unknown key '{key}'{hint}")
+    values = {}
+    for name, field in fields.items():
+        if name in data:
+            values[name] = convert(_hints(cls)[name], data[name], locate, (*path, name))
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"{locate(path)}: missing key '{name}'")
+    try:
+        return cls(**values)
+    except ConfigError as error:
+        where = locate(path)
+        raise (error if where == here(()) else ConfigError(f"{where}: {error}")) from None
+
+
+def convert(hint: Any, value: Any, locate: Locate, path: Path) -> Any:
+    """One value to the annotated type ``hint``; ``ConfigError`` when it is not of that type."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        options = [a for a in args if a is not type(None)]
+        if len(options) == 1:
+            return convert(options[0], value, locate, path)
+        for option in options:
+            try:
+                return convert(option, value, locate, path)
+            except ConfigError:
+                continue
+        raise ConfigError(f"{locate(path)}: expected {_name(hint)}, got {_show(value)}")
+    if origin is Literal:
+        if value not in args or isinstance(value, bool) != any(isinstance(a, bool) for a in args):
+            near = difflib.get_close_matches(str(value), [str(a) for a in args], n=1)
+            hint_text = f"; did you mean '{near[0]}'?" if near else ""
+            raise ConfigError(f"{locate(path)}: expected {_name(hint)}, got {_show(value)}{hint_text}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{locate(path)}: expected a list, got {_show(value)}")
+        if len(args) == 2 and args[1] is Ellipsis:
+            return tuple(convert(args[0], v, locate, (*path, str(i))) for i, v in enumerate(value))
+        if len(args) != len(value):
+            raise ConfigError(f"{locate(path)}: expected {len(args)} values, got {len(value)}")
+        return tuple(
+            convert(a, v, locate, (*path, str(i))) for i, (a, v) in enumerate(zip(args, value, strict=True))
+        )
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{locate(path)}: expected a mapping of keys, got {_show(value)}")
+        return {str(k): convert(args[1], v, locate, (*path, str(k))) for k, v in value.items()}
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return value if isinstance(value, hint) else from_dict(hint, value, locate, path)
+    if hint is Any:
+        return value
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is float and isinstance(value, str):
+        # YAML 1.1 reads "2e-3" as a string (it wants "2.0e-3"); a person means the number.
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
+        return value
+    raise ConfigError(f"{locate(path)}: expected {_name(hint)}, got {_show(value)}")
+
+
+def to_dict(obj: Any) -> dict[str, Any]:
+    """A dataclass as JSON values: tuples become lists, nothing is left out."""
+    result: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(obj)))
+    return result
+
+
+def identity(obj: Any) -> Any:
+    """As ``to_dict``, without the fields that only say where something lies."""
+    if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
+        return {
+            f.name: identity(getattr(obj, f.name))
+            for f in dataclasses.fields(obj)
+            if f.metadata.get("identity", True)
+        }
+    if isinstance(obj, tuple | list):
+        return [identity(v) for v in obj]
+    return obj
+
+
+def content_hash(obj: Any) -> str:
+    """SHA-256 (hex) of the canonical JSON of ``identity(obj)``."""
+    text = json.dumps(identity(obj), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _name(hint: Any) -> str:
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    if hint in names:
+        return names[hint]
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(repr(a) for a in get_args(hint))
+    if get_origin(hint) in (Union, types.UnionType):
+        return " or ".join("null" if a is type(None) else _name(a) for a in get_args(hint))
+    if get_origin(hint) is tuple:
+        return f"a list of {_name(get_args(hint)[0])}"
+    return getattr(hint, "__name__", str(hint))
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
