@@ -9,6 +9,8 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -36,7 +38,7 @@ __all__ = [
 
 PAPER_SCALES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 Precision = Literal["fp32", "bf16", "fp16"]
-Schedule = Literal["lin0", "lin", "lin00", "cos", "exp", "constant"]
+SCHEDULES = ("lin0", "lin", "lin00", "cos", "exp", "constant")
 Family = Literal["var"]
 
 
@@ -82,7 +84,9 @@ class DataConfig:
         if self.source in ("folder", "parquet"):
             require(self.path is not None, f"data.path is needed for data.source '{self.source}'")
         if self.source == "hf":
-            require(self.name is not None, "data.name (the data set's name on the hub) is needed for source 'hf'")
+            require(
+                self.name is not None, "data.name (the data set's name on the hub) is needed for source 'hf'"
+            )
 
 
 @dataclass(frozen=True)
@@ -106,9 +110,18 @@ class TokenizerConfig:
 
     def __post_init__(self) -> None:
         require(2 <= self.vocab <= 65536, f"tokenizer.vocab must be 2 to 65536 (uint16), got {self.vocab}")
-        require(self.channels > 0 and self.channels % 32 == 0, f"tokenizer.channels must be a multiple of 32, got {self.channels}")
-        require(len(self.multipliers) >= 1 and all(m > 0 for m in self.multipliers), "tokenizer.multipliers must be positive")
-        require(len(self.scales) >= 1 and all(s > 0 for s in self.scales), "tokenizer.scales must be positive side lengths")
+        require(
+            self.channels > 0 and self.channels % 32 == 0,
+            f"tokenizer.channels must be a multiple of 32, got {self.channels}",
+        )
+        require(
+            len(self.multipliers) >= 1 and all(m > 0 for m in self.multipliers),
+            "tokenizer.multipliers must be positive",
+        )
+        require(
+            len(self.scales) >= 1 and all(s > 0 for s in self.scales),
+            "tokenizer.scales must be positive side lengths",
+        )
         require(
             all(a < b for a, b in zip(self.scales, self.scales[1:], strict=False)),
             f"tokenizer.scales must grow, got {list(self.scales)}",
@@ -219,7 +232,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         require(self.depth >= 1, f"model depth must be at least 1, got {self.depth}")
-        require(self.width % self.heads == 0, f"model width {self.width} is not a multiple of {self.heads} heads")
+        require(
+            self.width % self.heads == 0, f"model width {self.width} is not a multiple of {self.heads} heads"
+        )
         require(0 <= self.label_drop < 1, f"model label_drop must be in [0, 1), got {self.label_drop}")
         require(0 <= self.drop_path < 1, f"model drop_path must be in [0, 1), got {self.drop_path}")
         require(len(self.scales) > 0, "model scales must not be empty")
@@ -261,7 +276,8 @@ class TrainConfig:
     lr: float | None = None
     """Peak learning rate; by default ``lr_base``·batch/256."""
     lr_base: float = 1e-4
-    schedule: Schedule = "lin0"
+    schedule: str = "lin0"
+    """lin0, lin, lin00, cos, exp, constant, or lin0.x: as published, a slow linear part for x of training."""
     warmup: float = 0.02
     """Share of training (the published epochs/50)."""
     lr_start: float = 0.005
@@ -278,10 +294,21 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         given = [n for n in ("steps", "epochs", "tokens") if getattr(self, n) is not None]
-        require(len(given) == 1, f"give exactly one of train.steps, train.epochs, train.tokens; got {', '.join(given) or 'none'}")
-        require(getattr(self, given[0]) > 0, f"train.{given[0]} must be positive, got {getattr(self, given[0])}")
+        require(
+            len(given) == 1,
+            f"give exactly one of train.steps, train.epochs, train.tokens; got {', '.join(given) or 'none'}",
+        )
+        require(
+            getattr(self, given[0]) > 0, f"train.{given[0]} must be positive, got {getattr(self, given[0])}"
+        )
         require(self.batch >= 1, f"train.batch must be at least 1, got {self.batch}")
         require(self.lr is None or self.lr > 0, f"train.lr must be positive, got {self.lr}")
+        near = difflib.get_close_matches(self.schedule, SCHEDULES, n=1)
+        require(
+            self.schedule in SCHEDULES or re.fullmatch(r"lin0\.\d+", self.schedule) is not None,
+            f"train.schedule: unknown '{self.schedule}'; "
+            + (f"did you mean '{near[0]}'?" if near else f"known: {', '.join(SCHEDULES)}, lin0.x"),
+        )
         require(0 <= self.warmup < 1, f"train.warmup is a share of training, 0 to 1, got {self.warmup}")
 
     @property
@@ -319,21 +346,26 @@ class RunConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        tok, side = self.tokenizer, self.data.resolution // self.tokenizer.downsampling
+        tok, pixels = self.tokenizer, self.data.resolution
+        side = pixels // tok.downsampling
         require(
-            self.data.resolution % tok.downsampling == 0,
-            f"data.resolution {self.data.resolution} is not a multiple of the tokenizer's downsampling {tok.downsampling}",
+            pixels % tok.downsampling == 0,
+            f"data.resolution {pixels} is not a multiple of the tokenizer's downsampling {tok.downsampling}",
         )
         require(
             tok.scales[-1] == side,
-            f"tokenizer.scales must end at the latent size {side} (= {self.data.resolution} px / {tok.downsampling}), "
+            f"tokenizer.scales must end at the latent size {side} (= {pixels} px / {tok.downsampling}), "
             f"got {list(tok.scales)}",
         )
         for name in ("vocab", "latent_channels", "scales"):
-            require(getattr(self.model, name) == getattr(tok, name), f"model.{name} differs from tokenizer.{name}")
+            require(
+                getattr(self.model, name) == getattr(tok, name), f"model.{name} differs from tokenizer.{name}"
+            )
         for name in ("train_images", "val_images", "num_classes"):
             require(getattr(self.data, name) is not None, f"data.{name} is not known yet")
-        require(self.model.num_classes == self.data.num_classes, "model.num_classes differs from data.num_classes")
+        require(
+            self.model.num_classes == self.data.num_classes, "model.num_classes differs from data.num_classes"
+        )
 
     @property
     def run_id(self) -> str:
@@ -396,7 +428,7 @@ class LaunchConfig:
     """Runs trained side by side; None for as many as cores or GPUs, and memory, allow."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: bool = False
-    attention: Literal["auto", "masked", "blockwise"] = "auto"
+    attention: Literal["masked", "blockwise"] = "masked"
     checkpoint_seconds: float = 120.0
     """At most this much work is lost to a kill."""
     log_every: int = 10
@@ -407,5 +439,8 @@ class LaunchConfig:
 
     def __post_init__(self) -> None:
         require(self.processes >= 1, f"launch.processes must be at least 1, got {self.processes}")
-        require(self.micro_batch is None or self.micro_batch >= 1, f"launch.micro_batch must be at least 1, got {self.micro_batch}")
+        require(
+            self.micro_batch is None or self.micro_batch >= 1,
+            f"launch.micro_batch must be at least 1, got {self.micro_batch}",
+        )
         require(self.log_every >= 1, f"launch.log_every must be at least 1, got {self.log_every}")

@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -33,7 +34,7 @@ def here(path: Path) -> str:
 
 
 @cache
-def _hints(cls: type) -> dict[str, Any]:
+def _hints(cls: Any) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 
@@ -109,17 +110,23 @@ def convert(hint: Any, value: Any, locate: Locate, path: Path) -> Any:
         return value if isinstance(value, hint) else from_dict(hint, value, locate, path)
     if hint is Any:
         return value
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint is float and isinstance(value, str):
-        # YAML 1.1 reads "2e-3" as a string (it wants "2.0e-3"); a person means the number.
-        try:
-            return float(value)
-        except ValueError:
-            pass
+    if hint is float:
+        value = _number(value)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{locate(path)}: expected a finite number, got {value}")
     if isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
     raise ConfigError(f"{locate(path)}: expected {_name(hint)}, got {_show(value)}")
+
+
+def _number(value: Any) -> Any:
+    """Whole numbers as floats, and text that is one: YAML 1.1 reads "2e-3" as text (it wants "2.0e-3")."""
+    if isinstance(value, int | str) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
 
 
 def to_dict(obj: Any) -> dict[str, Any]:

@@ -1,0 +1,102 @@
+"""Loss and token error on cached validation tokens: per scale, last scale, average, with standard errors.
+
+- No label drop and no drop path: the published validation loss is 10 % unconditional and random,
+  this one is deterministic.
+- Processes take every W-th image; the per-image sums are gathered and averaged in float64 in image
+  order, so that the result does not depend on how many processes shared the work.
+- Standard errors are over images: the tokens of one image are not independent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+from scaling.data.cache import CachedSplit
+from scaling.families.registry import FAMILIES
+from scaling.tokenizer.quantizer import MultiScaleQuantizer
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Per-image, per-scale means over tokens: ``loss`` (nats) and ``error`` (0 to 1), each (n, K)."""
+
+    loss_nK: np.ndarray
+    error_nK: np.ndarray
+    sizes_K: np.ndarray
+    """Tokens per scale, side²."""
+
+    def record(self) -> dict[str, Any]:
+        """The evaluation's numbers under DESIGN's names, for ``metrics.jsonl``."""
+        record: dict[str, Any] = {}
+        weights = self.sizes_K / self.sizes_K.sum()
+        for name, values_nK in (("loss", self.loss_nK), ("error", self.error_nK)):
+            for part, per_image in (("avg", values_nK @ weights), ("last", values_nK[:, -1])):
+                record[f"{name}_{part}"] = float(per_image.mean())
+                spread = per_image.std(ddof=1) if len(per_image) > 1 else float("nan")
+                error = float(spread / np.sqrt(len(per_image)))
+                record[f"{name}_{part}_se"] = error if np.isfinite(error) else None
+            record[f"{name}_scales"] = [float(v) for v in values_nK.mean(axis=0)]
+        return record | {"eval_images": len(self.loss_nK)}
+
+
+def token_losses(logits_BLV: Tensor, tokens_BL: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy in nats (B, L) and whether the argmax is wrong (B, L), in fp32."""
+    loss_BL = F.cross_entropy(logits_BLV.flatten(0, 1), tokens_BL.flatten(), reduction="none")
+    wrong_BL = logits_BLV.detach().argmax(dim=-1) != tokens_BL
+    return loss_BL.view_as(tokens_BL), wrong_BL.float()
+
+
+def per_scale(values_BL: Tensor, scales: tuple[int, ...]) -> Tensor:
+    """Means over each scale's tokens, (B, K)."""
+    parts = values_BL.split([s * s for s in scales], dim=1)
+    return torch.stack([part.mean(dim=1) for part in parts], dim=1)
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    quantizer: MultiScaleQuantizer,
+    split: CachedSplit,
+    accelerator: Accelerator,
+    *,
+    family: str,
+    scales: tuple[int, ...],
+    images: int | None,
+    batch: int,
+) -> Evaluation:
+    """Evaluate ``model`` on the first ``images`` of the split (all when None).
+
+    Every process must call it; every process gets the same result.
+    """
+    count = split.images if images is None else min(images, split.images)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    mine = np.arange(rank, count, world)
+    inputs = FAMILIES[family].inputs
+    training = model.training
+    model.eval()
+    rows: list[np.ndarray] = []
+    for start in range(0, len(mine), batch):
+        indices = mine[start : start + batch]
+        tokens_BL = torch.from_numpy(split.tokens(indices, np.zeros_like(indices)).astype(np.int64))
+        tokens_BL = tokens_BL.to(accelerator.device)
+        labels_B = torch.from_numpy(split.labels[indices]).to(accelerator.device)
+        with accelerator.autocast():
+            logits_BLV = model(labels_B, inputs(quantizer, tokens_BL))
+        loss_BL, wrong_BL = token_losses(logits_BLV, tokens_BL)
+        both = torch.stack([per_scale(loss_BL, scales), per_scale(wrong_BL, scales)], dim=1)
+        rows.append(both.double().cpu().numpy())
+    model.train(training)
+    own = np.concatenate(rows) if rows else np.zeros((0, 2, len(scales)))
+    everyone = gather_object([(rank, own)]) if world > 1 else [(0, own)]
+    result = np.empty((count, 2, len(scales)))
+    for other, values in everyone:
+        result[other::world] = values
+    return Evaluation(result[:, 0], result[:, 1], np.array([s * s for s in scales]))

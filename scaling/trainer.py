@@ -1,0 +1,370 @@
+"""One transformer run, from cached tokens to its records, under Accelerate.
+
+    python -m scaling.trainer RUN_FOLDER --tokens CACHE_FOLDER --tokenizer TOKENIZER_FOLDER
+
+- The loop is read top to bottom in ``train``; it is the only place with state.
+- Step s is a pure function of (config, s): images, label drops, drop paths, learning rate. So a run
+  that was killed and resumed equals one that was not, and nothing random needs saving.
+- The global batch is fixed. Process r of W takes its share of the rows and splits it into
+  micro-batches; the loss is divided by the global token count, so accumulation changes only rounding.
+- No synchronisation inside the loop but at log points: losses stay on the device until then.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from scaling import flops
+from scaling.checkpoint import load_checkpoint, optimizer_tensors, restore_optimizer, save_checkpoint
+from scaling.clock import Clock, device_name, peak_memory
+from scaling.config import ConfigError, LaunchConfig, RunConfig, from_dict
+from scaling.data.cache import CachedSplit, TokenCache, open_cache
+from scaling.data.sampler import batch_indices, batch_views
+from scaling.draws import step_draws
+from scaling.evaluation import evaluate, per_scale, token_losses
+from scaling.families.registry import FAMILIES, build
+from scaling.families.var import VAR
+from scaling.generation import sample_grid
+from scaling.mirror import Mirror
+from scaling.process import Interrupted, JobProcess, run_job
+from scaling.records import RunFolder, finite, read_json
+from scaling.schedule import learning_rate, weight_decay
+from scaling.tokenizer.vqvae import Tokenizer, load_tokenizer
+
+EVAL_BATCH = 64
+AGREE_EVERY = 10
+"""Steps between agreements of several processes on whether to checkpoint or leave."""
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on (a loss that is not a number); the run is marked failed and never fitted."""
+
+
+def train(
+    folder: RunFolder, config: RunConfig, launch: LaunchConfig, cache: TokenCache, tokenizer: Tokenizer
+) -> None:
+    """Train the run in ``folder`` from its newest checkpoint to the end; every process calls it."""
+    accelerator = make_accelerator(config, launch, folder)
+    with JobProcess(folder, is_main=accelerator.is_main_process) as job:
+        state = State(config, launch, accelerator, tokenizer)
+        start, total = state.resume(folder), config.total_steps
+        train_split, val_split = cache.split("train"), cache.split("val")
+        mirror = Mirror(accelerator, config, launch, folder, start)
+        batches = Batches(config, launch, accelerator, train_split)
+        eval_steps, clock = set(config.eval_steps), Clock(launch.checkpoint_seconds)
+        for step in range(start, total):
+            set_rates(state.optimizer, config, step)
+            sums = train_step(state, batches, step)
+            done = step + 1
+
+            if done % launch.log_every == 0 or done == total:
+                values = training_record(config, accelerator, sums, done, train_split.images)
+                speed = clock.lap(done - start) * config.train.batch
+                if not finite(values["loss_avg"]):
+                    raise TrainingError(f"the loss became {values['loss_avg']} at step {done}")
+                mirror.log(values | {"images_per_second": speed})
+                job.beat(step=done, total_steps=total, loss=values["loss_avg"], images_per_second=speed)
+            if done in eval_steps:
+                with clock.paused():
+                    evaluation = evaluate(
+                        state.model, state.quantizer, val_split, accelerator, family=config.model.family,
+                        scales=config.model.scales, images=config.evaluation.images,
+                        batch=launch.micro_batch or EVAL_BATCH,
+                    )  # fmt: skip
+                mirror.log(evaluation_record(config, done, train_split.images) | evaluation.record())
+            leave, due = agree(accelerator, done, job.should_stop(), clock.checkpoint_due())
+            if (leave or due) and done < total:
+                with clock.paused():
+                    state.save(folder, done)
+                clock.checkpointed()
+                if leave:
+                    raise Interrupted
+        if start < total:
+            state.save(folder, total)
+        finish(folder, config, launch, state, tokenizer)
+        job.beat(step=total, total_steps=total, **machine_facts(config, launch, accelerator, clock))
+        mirror.close()
+        accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+class State:
+    """Model and optimiser of one run, saved and restored as named tensors."""
+
+    def __init__(
+        self, config: RunConfig, launch: LaunchConfig, accelerator: Accelerator, tokenizer: Tokenizer
+    ) -> None:
+        self.accelerator, self.config, self.tokenizer_hash = accelerator, config, tokenizer.content_hash
+        self.quantizer = tokenizer.quantize.to(accelerator.device)
+        torch.manual_seed(config.seed)
+        self.bare = build(config.model, launch.attention)
+        if launch.compile:
+            for block in self.bare.blocks.children():  # type: ignore[union-attr]  # regional: one small graph, compiled once for all layers
+                block.compile()
+        self.names = dict(self.bare.named_parameters())
+        groups = decay_groups(self.bare)
+        train = config.train
+        optimizer = torch.optim.AdamW(
+            groups, lr=train.peak_lr, betas=train.betas, eps=train.eps, weight_decay=0.0, fused=True
+        )
+        self.model, self.optimizer = accelerator.prepare(self.bare, optimizer)
+        self.model.train()
+
+    def save(self, folder: RunFolder, step: int) -> None:
+        """Write the checkpoint of ``step`` (main process; the others wait)."""
+        if self.accelerator.is_main_process:
+            scaler = self.accelerator.scaler
+            facts = {
+                "step": step,
+                "tokenizer": self.tokenizer_hash,
+                "scaler": scaler.state_dict() if scaler is not None else None,
+            }
+            tensors = {
+                "model": {n: t.detach() for n, t in self.bare.state_dict().items()},
+                "optimizer": optimizer_tensors(self.optimizer.optimizer, self.names),
+            }
+            save_checkpoint(folder.checkpoints, step, tensors, facts)
+        self.accelerator.wait_for_everyone()
+
+    def resume(self, folder: RunFolder) -> int:
+        """Restore the newest sound checkpoint; returns the steps already done.
+
+        Raises:
+            ConfigError: the checkpoint was trained on tokens of another tokenizer.
+        """
+        checkpoint = load_checkpoint(folder.checkpoints)
+        if checkpoint is None:
+            return 0
+        trained_on = checkpoint.state["tokenizer"]
+        if trained_on != self.tokenizer_hash:
+            raise ConfigError(
+                f"{folder.path} was trained on tokens of tokenizer {trained_on[:10]}, not of "
+                f"{self.tokenizer_hash[:10]}; remove the run folder or restore the tokenizer"
+            )
+        self.bare.load_state_dict(checkpoint.tensors["model"])
+        restore_optimizer(self.optimizer.optimizer, self.names, checkpoint.tensors["optimizer"])
+        if checkpoint.state["scaler"] is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
+        return checkpoint.step
+
+
+class Batches:
+    """This process's micro-batches of each global batch."""
+
+    def __init__(
+        self, config: RunConfig, launch: LaunchConfig, accelerator: Accelerator, split: CachedSplit
+    ) -> None:
+        self.config, self.split, self.device = config, split, accelerator.device
+        batch, world = config.train.batch, accelerator.num_processes
+        if batch < world:
+            raise ConfigError(f"train.batch {batch} is smaller than the {world} processes that share it")
+        shares = np.array_split(np.arange(batch), world)
+        # Every process takes the same number of micro-batches: gradients are exchanged on the last.
+        largest = len(shares[0])
+        micros = min(-(-largest // (launch.micro_batch or largest)), len(shares[-1]))
+        self.rows = np.array_split(shares[accelerator.process_index], micros)
+
+    def micro_batches(self, step: int) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+        """Tokens (b, L), labels (b,) after label drop, and drop-path factors (depth, 2, b), on the device."""
+        config, n = self.config, self.split.images
+        batch, seed = config.train.batch, config.seed
+        indices, views = batch_indices(seed, step, batch, n), batch_views(step, batch, n, config.data.views)
+        draws = step_draws(config.model, seed, step, batch)
+        labels = np.where(draws.drop_label, config.model.num_classes, self.split.labels[indices])
+        micro = []
+        for rows in self.rows:
+            tokens = self.split.tokens(indices[rows], views[rows]).astype(np.int64)
+            path = None if draws.path_scale is None else torch.from_numpy(draws.path_scale[:, :, rows])
+            micro.append((
+                torch.from_numpy(tokens).to(self.device, non_blocking=True),
+                torch.from_numpy(labels[rows]).to(self.device, non_blocking=True),
+                None if path is None else path.to(self.device, non_blocking=True),
+            ))  # fmt: skip
+        return micro
+
+
+def train_step(state: State, batches: Batches, step: int) -> dict[str, Tensor]:
+    """One optimiser step; returns sums over this process's images, on the device."""
+    accelerator, config = state.accelerator, state.config
+    inputs = FAMILIES[config.model.family].inputs
+    micro, scales = batches.micro_batches(step), config.model.scales
+    global_tokens = config.train.batch * config.model.seq_len
+    sums: dict[str, Tensor] = {}
+    for index, (tokens_BL, labels_B, path_scale) in enumerate(micro):
+        last = index == len(micro) - 1
+        with torch.no_grad():
+            inputs_BlC = inputs(state.quantizer, tokens_BL)
+        with contextlib.nullcontext() if last else accelerator.no_sync(state.model):
+            with accelerator.autocast():
+                logits_BLV = state.model(labels_B, inputs_BlC, path_scale)
+            loss_BL, wrong_BL = token_losses(logits_BLV, tokens_BL)
+            # DDP averages gradients over processes, so each contributes its sum times their number.
+            accelerator.backward(loss_BL.sum() * (accelerator.num_processes / global_tokens))
+        for name, values_BL in (("loss", loss_BL.detach()), ("error", wrong_BL)):
+            by_scale = per_scale(values_BL, scales).sum(dim=0)
+            for part, value in (("avg", values_BL.mean(dim=1).sum()), ("last", by_scale[-1])):
+                key = f"{name}_{part}"
+                sums[key] = sums[key] + value if key in sums else value
+    sums["grad_norm"] = accelerator.clip_grad_norm_(state.model.parameters(), config.train.clip)
+    state.optimizer.step()
+    state.optimizer.zero_grad()
+    return sums
+
+
+def decay_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Two groups as published: no weight decay for biases, vectors and position-like parameters."""
+    no_decay: tuple[str, ...] = model.NO_DECAY  # type: ignore[assignment]
+    groups: dict[float, list[nn.Parameter]] = {1.0: [], 0.0: []}
+    for name, parameter in model.named_parameters():
+        free = parameter.ndim == 1 or name.endswith("bias") or any(part in name for part in no_decay)
+        groups[0.0 if free else 1.0].append(parameter)
+    return [{"params": group, "decay": decay} for decay, group in groups.items() if group]
+
+
+def set_rates(optimizer: Any, config: RunConfig, step: int) -> None:
+    """Learning rate and weight decay of 0-based ``step``."""
+    rate = learning_rate(config.train, step, config.total_steps)
+    decay = weight_decay(config.train, step, config.total_steps)
+    for group in optimizer.param_groups:
+        group["lr"], group["weight_decay"] = rate, decay * group["decay"]
+
+
+def progress_record(config: RunConfig, done: int, images: int) -> dict[str, Any]:
+    """What has been spent after ``done`` steps, under DESIGN's names."""
+    seen = done * config.train.batch
+    return {
+        "step": done,
+        "tokens": seen * config.model.seq_len,
+        "epochs": seen / images,
+        "flops": seen * flops.train_flops(config.model),
+    }
+
+
+def training_record(
+    config: RunConfig, accelerator: Accelerator, sums: dict[str, Tensor], done: int, images: int
+) -> dict[str, Any]:
+    """The line of a log point: means over the global batch, before the update. Synchronises."""
+    names = [name for name in sums if name != "grad_norm"]
+    reduced = accelerator.reduce(torch.stack([sums[name] for name in names]), reduction="sum")
+    means = {name: float(v) / config.train.batch for name, v in zip(names, reduced.tolist(), strict=True)}
+    return {
+        "kind": "train",
+        **progress_record(config, done, images),
+        **means,
+        "lr": learning_rate(config.train, done - 1, config.total_steps),
+        "grad_norm": float(sums["grad_norm"]),
+    }
+
+
+def evaluation_record(config: RunConfig, done: int, images: int) -> dict[str, Any]:
+    """The part of an evaluation's line that does not depend on the model's answers."""
+    spent = progress_record(config, done, images)
+    return {
+        "kind": "eval",
+        **spent,
+        "params": flops.params(config.model),
+        "params_total": flops.params_total(config.model),
+        "unique_tokens": images * config.model.seq_len,
+        "flops_6nd": flops.flops_6nd(config.model, spent["tokens"]),
+    }
+
+
+def agree(accelerator: Accelerator, done: int, leave: bool, due: bool) -> tuple[bool, bool]:
+    """One answer for all processes to "leave?" and "checkpoint now?"; several ask only now and then."""
+    if accelerator.num_processes == 1:
+        return leave, due
+    if done % AGREE_EVERY:
+        return False, False
+    flags = torch.tensor([leave, due], dtype=torch.float32, device=accelerator.device)
+    total = accelerator.reduce(flags, reduction="sum").tolist()
+    return total[0] > 0, total[1] > 0
+
+
+def finish(
+    folder: RunFolder, config: RunConfig, launch: LaunchConfig, state: State, tokenizer: Tokenizer
+) -> None:
+    """Leave the final weights and a picture of samples beside the numbers."""
+    if not state.accelerator.is_main_process:
+        return
+    target = folder.path / "final" / "weights.safetensors"
+    target.parent.mkdir(exist_ok=True)
+    aside = target.with_suffix(".tmp")
+    save_file({n: t.detach().cpu().contiguous() for n, t in state.bare.state_dict().items()}, aside)
+    aside.replace(target)
+    state.bare.eval()
+    assert isinstance(state.bare, VAR)
+    sample_grid(state.bare, tokenizer, launch.sampling, config.model.num_classes, folder.path / "samples.png")
+
+
+def machine_facts(
+    config: RunConfig, launch: LaunchConfig, accelerator: Accelerator, clock: Clock
+) -> dict[str, Any]:
+    """What this machine took, for the calibration of the next plan."""
+    facts: dict[str, Any] = {
+        "device": device_name(accelerator.device),
+        "threads": torch.get_num_threads(),
+        "processes": accelerator.num_processes,
+        "precision": config.train.precision,
+        "peak_memory": peak_memory(accelerator.device),
+    }
+    if clock.steps_per_second is not None:
+        images_per_second = clock.steps_per_second * config.train.batch
+        facts["train_flops_per_second"] = images_per_second * flops.train_flops(config.model)
+        facts["images_per_second"] = images_per_second
+    return facts
+
+
+def make_accelerator(config: RunConfig, launch: LaunchConfig, folder: RunFolder) -> Accelerator:
+    """Accelerate for this run's precision and device.
+
+    Raises:
+        ConfigError: a GPU was asked for and there is none, or fp16 without a GPU.
+    """
+    precision = config.train.precision
+    cpu = launch.device == "cpu" or not torch.cuda.is_available()
+    if launch.device == "cuda" and cpu:
+        raise ConfigError("launch.device is cuda, but torch sees no GPU here")
+    if precision == "fp16" and cpu:
+        raise ConfigError("train.precision fp16 needs a GPU; use fp32 or bf16 on a CPU")
+    if precision == "bf16" and cpu and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        print(
+            "warning: this CPU emulates bf16, many times slower than fp32; consider --train.precision fp32",
+            file=sys.stderr,
+        )
+    return Accelerator(
+        cpu=cpu,
+        mixed_precision="no" if precision == "fp32" else precision,
+        log_with=None if launch.wandb == "off" else "wandb",
+        project_dir=folder.path,
+    )
+
+
+def main() -> None:
+    """Parse the command line, open what the run stands on, train."""
+    parser = argparse.ArgumentParser(prog="scaling.trainer", description="Train one run.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--tokens", type=Path, required=True, help="the token cache's folder")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="the tokenizer run's folder")
+    args = parser.parse_args()
+    folder = RunFolder(args.folder)
+    config = from_dict(RunConfig, folder.config())
+    launch = from_dict(LaunchConfig, read_json(folder.path / "launch.json"))
+    if launch.threads is not None:
+        torch.set_num_threads(launch.threads)
+    tokenizer = load_tokenizer(args.tokenizer / "tokenizer")
+    cache = open_cache(args.tokens, tokenizer_hash=tokenizer.content_hash)
+    train(folder, config, launch, cache, tokenizer)
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(main))
