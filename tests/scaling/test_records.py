@@ -1,0 +1,129 @@
+"""A run folder is readable after a kill at any instant, and never mixes two runs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scaling.records import FolderBusyError, RecordsError, RunFolder, list_runs, write_json
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    run = RunFolder(tmp_path / "run")
+    run.create({"depth": 1})
+    for step in range(1, 6):
+        run.append({"kind": "train", "step": step, "loss": 1.0 / step})
+    run.append({"kind": "eval", "step": 5, "loss": 0.3})
+    run.close()
+    return run
+
+
+@given(cut=st.integers(0, 10_000))
+def test_metrics_cut_at_any_byte_are_a_prefix(tmp_path_factory: pytest.TempPathFactory, cut: int) -> None:
+    run = RunFolder(tmp_path_factory.mktemp("cut"))
+    records = [{"kind": "train", "step": s, "loss": s / 7} for s in range(1, 9)]
+    text = "".join(json.dumps(r) + "\n" for r in records).encode()
+    (run.path / "metrics.jsonl").write_bytes(text[: cut % (len(text) + 1)])
+    read = run.metrics()
+    assert read == records[: len(read)]
+    assert len(read) >= text[: cut % (len(text) + 1)].count(b"\n")
+
+
+def test_a_broken_line_in_the_middle_is_an_error_with_its_number(folder: RunFolder) -> None:
+    file = folder.path / "metrics.jsonl"
+    lines = file.read_text().splitlines()
+    lines[2] = lines[2][:10]
+    file.write_text("\n".join(lines) + "\n")
+    with pytest.raises(RecordsError, match=r"metrics.jsonl, line 3: not valid JSON"):
+        folder.metrics()
+
+
+def test_steps_written_again_count_once_with_the_last_value(folder: RunFolder) -> None:
+    folder.append({"kind": "train", "step": 2, "loss": 9.0})
+    train = folder.metrics("train")
+    assert sorted(r["step"] for r in train) == [1, 2, 3, 4, 5]
+    assert next(r["loss"] for r in train if r["step"] == 2) == 9.0
+
+
+def test_truncation_goes_back_to_a_checkpoint(folder: RunFolder) -> None:
+    with (folder.path / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "st')
+    folder.truncate(3)
+    assert [r["step"] for r in folder.metrics()] == [1, 2, 3]
+    folder.append({"kind": "train", "step": 4})
+    assert [r["step"] for r in folder.metrics()] == [1, 2, 3, 4]
+
+
+def test_another_config_is_refused_and_the_same_is_not(folder: RunFolder) -> None:
+    folder.create({"depth": 1})
+    with pytest.raises(RecordsError, match="holds another config"):
+        folder.create({"depth": 2})
+    assert folder.config() == {"depth": 1}
+
+
+def test_status_merges_and_clears_old_errors(folder: RunFolder) -> None:
+    assert folder.status() == {"state": "waiting", "attempt": 0}
+    folder.set_status("failed", error="it broke", step=3)
+    folder.set_status("running", attempt=2)
+    status = folder.status()
+    assert (status["state"], status["attempt"], status["step"]) == ("running", 2, 3)
+    assert "error" not in status
+    with pytest.raises(ValueError, match="unknown state"):
+        folder.set_status("sleeping")
+
+
+def test_a_damaged_status_is_named(folder: RunFolder) -> None:
+    (folder.path / "status.json").write_text('{"state": "happy"}')
+    with pytest.raises(RecordsError, match=r"status.json: expected"):
+        folder.status()
+
+
+def test_the_lock_is_exclusive_and_ends_with_its_process(folder: RunFolder) -> None:
+    code = (
+        "import sys; from scaling.records import RunFolder\n"
+        "with RunFolder(sys.argv[1]).lock():\n print(1, flush=True); sys.stdin.read()"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, str(folder.path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert child.stdout is not None
+    assert child.stdout.readline() == b"1\n"
+    assert folder.busy()
+    with pytest.raises(FolderBusyError, match="in use by another process"), folder.lock():
+        pass
+    child.kill()
+    child.wait()
+    assert not folder.busy()
+    with folder.lock():
+        pass
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    file = tmp_path / "x.json"
+    write_json(file, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(file, {"a": object()})
+    assert json.loads(file.read_text()) == {"a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_runs_are_listed_in_the_sweeps_order(tmp_path: Path) -> None:
+    for name in ("b", "a"):
+        RunFolder(tmp_path / name).create({})
+    assert [r.name for r in list_runs(tmp_path)] == ["a", "b"]
+    write_json(tmp_path / "sweep.json", {"runs": ["b", "a", "not-started"]})
+    assert [r.name for r in list_runs(tmp_path)] == ["b", "a"]
+
+
+def test_no_sweep_and_no_runs_are_said(tmp_path: Path) -> None:
+    with pytest.raises(RecordsError, match="no such sweep folder"):
+        list_runs(tmp_path / "nothing")
+    with pytest.raises(RecordsError, match="no runs in it yet"):
+        list_runs(tmp_path)

@@ -1,0 +1,140 @@
+"""Strict reading of configurations: round trips, refusals that say where, hashes that mean identity."""
+
+from __future__ import annotations
+
+import dataclasses
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scaling.config import (
+    ConfigError,
+    DataConfig,
+    LaunchConfig,
+    ModelConfig,
+    RunConfig,
+    TokenizerConfig,
+    TrainConfig,
+    content_hash,
+    from_dict,
+    to_dict,
+)
+from tests.scaling import tiny
+
+RUN = tiny.run_config()
+
+
+def test_a_run_survives_json_unchanged() -> None:
+    assert from_dict(RunConfig, to_dict(RUN)) == RUN
+
+
+@pytest.mark.parametrize(
+    ("cls", "data", "message"),
+    [
+        (DataConfig, {"resolutoin": 32}, "unknown key 'resolutoin'; did you mean 'resolution'"),
+        (DataConfig, {"zzz": 1}, "unknown key 'zzz'; known keys: source"),
+        (DataConfig, {"resolution": "32"}, "resolution: expected a whole number, got '32'"),
+        (DataConfig, {"resolution": True}, "expected a whole number, got True"),
+        (DataConfig, {"resolution": 3.5}, "expected a whole number, got 3.5"),
+        (DataConfig, {"source": "photo"}, "did you mean 'photos'"),
+        (DataConfig, {"resolution": 0}, "must be positive"),
+        (DataConfig, {"source": "folder"}, "data.path is needed"),
+        (DataConfig, 7, "expected a mapping of keys, got 7"),
+        (TokenizerConfig, {"scales": 3}, "scales: expected a list"),
+        (TokenizerConfig, {"scales": [1, "2"]}, "scales.1: expected a whole number"),
+        (TokenizerConfig, {"scales": [1, 3, 2]}, "must grow"),
+        (TokenizerConfig, {"vocab": 70000}, "uint16"),
+        (TokenizerConfig, {"channels": 48}, "multiple of 32"),
+        (TrainConfig, {}, "exactly one of train.steps, train.epochs, train.tokens; got none"),
+        (TrainConfig, {"steps": 3, "epochs": 1}, "got steps, epochs"),
+        (TrainConfig, {"steps": 3, "schedule": "lin_0"}, "did you mean 'lin0'"),
+        (TrainConfig, {"steps": 3, "lr": "fast"}, "lr: expected a number, got 'fast'"),
+        (TrainConfig, {"steps": 3, "betas": [0.9]}, "expected 2 values, got 1"),
+        (LaunchConfig, {"sampling": {"imgaes": 3}}, "sampling.imgaes: unknown key 'imgaes'; did you mean"),
+        (ModelConfig, {"depth": 2}, "missing key 'width'"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_named(cls: type, data: Any, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        from_dict(cls, data)
+    assert message in str(caught.value)
+
+
+def test_numbers_that_yaml_reads_as_text_are_numbers() -> None:
+    assert from_dict(TrainConfig, {"steps": 1, "lr": "2e-3"}).lr == 2e-3
+
+
+def test_the_place_is_told_by_the_reader() -> None:
+    with pytest.raises(ConfigError, match=r"^recipe.yaml:7: unknown key"):
+        from_dict(DataConfig, {"pth": 1}, locate=lambda path: "recipe.yaml:7")
+
+
+@given(st.integers(0, 2**31), st.floats(1e-6, 1.0), st.integers(1, 10_000))
+def test_any_change_of_a_value_changes_the_id(seed: int, lr: float, steps: int) -> None:
+    changed = dataclasses.replace(
+        RUN, seed=seed, train=dataclasses.replace(RUN.train, lr=lr, steps=steps)
+    )  # fmt: skip
+    assert (changed.run_id == RUN.run_id) == (changed == RUN)
+    assert from_dict(RunConfig, to_dict(changed)).run_id == changed.run_id
+
+
+def test_where_data_lies_is_no_part_of_what_it_is() -> None:
+    here, there = (DataConfig(source="parquet", path=p) for p in ("a", "b"))
+    assert content_hash(here) == content_hash(there)
+    assert content_hash(here) != content_hash(dataclasses.replace(here, flip=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokenizer": dataclasses.replace(RUN.tokenizer, scales=(1, 3))}, "the latent size 2 (= 8 px / 4)"),
+        ({"data": dataclasses.replace(RUN.data, resolution=10)}, "of the tokenizer's downsampling 4"),
+        ({"data": dataclasses.replace(RUN.data, train_images=None)}, "data.train_images is not known yet"),
+        ({"data": dataclasses.replace(RUN.data, num_classes=9)}, "model.num_classes differs"),
+        ({"model": dataclasses.replace(RUN.model, vocab=99)}, "model.vocab differs from tokenizer.vocab"),
+    ],
+)  # fmt: skip
+def test_parts_that_do_not_fit_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        dataclasses.replace(RUN, **change)
+    assert message in str(caught.value)
+
+
+@given(
+    total=st.integers(1, 100_000), points=st.integers(1, 100), first=st.floats(1e-4, 1.0)
+)  # fmt: skip
+def test_evaluations_are_evenly_spaced_in_log_flops(total: int, points: int, first: float) -> None:
+    config = dataclasses.replace(
+        RUN,
+        train=dataclasses.replace(RUN.train, steps=total),
+        evaluation=dataclasses.replace(RUN.evaluation, points=points, first=first),
+    )
+    steps = config.eval_steps
+    assert steps[-1] == total
+    assert list(steps) == sorted(set(steps))
+    assert len(steps) <= points
+    assert steps[0] >= 1
+    if points > 2 and len(steps) == points:  # no two points fell on one step
+        ratio = (total / max(1.0, first * total)) ** (1 / (points - 1))
+        for one, other in pairwise(steps):
+            assert other / one == pytest.approx(ratio, rel=1.01 / one)
+
+
+@pytest.mark.parametrize(
+    ("train", "steps"),
+    [({"epochs": 2.0}, 8), ({"epochs": 0.01}, 1), ({"tokens": 8 * 5 * 3 + 1.0}, 4), ({"steps": 7}, 7)],
+)  # fmt: skip
+def test_length_in_steps(train: dict[str, float], steps: int) -> None:
+    settings = {"steps": None, "batch": 8} | train
+    assert tiny.run_config(**settings).total_steps == steps  # 30 images of 5 tokens
+
+
+def test_one_dial() -> None:
+    for depth in (1, 16, 30):
+        model = ModelConfig.from_depth(depth)
+        assert (model.width, model.heads) == (64 * depth, depth)
+        assert model.drop_path == pytest.approx(0.1 * depth / 24)
+        assert model.seq_len == 680
