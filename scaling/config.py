@@ -58,7 +58,8 @@ class DataConfig:
     path: str | None = field(default=None, metadata={"identity": False})
     """Where it lies (folder, parquet). Not part of the run's identity: the same data may be moved."""
     name: str | None = None
-    """hf: the data set's name on the hub."""
+    """hf: the data set's name on the hub. folder and parquet: any label; it tells data sets of equal counts
+    apart, since where data lies is no part of what it is."""
     resolution: int = 32
     """Side of the square images, in pixels."""
     train_images: int | None = None

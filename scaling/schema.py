@@ -16,7 +16,6 @@ import math
 import types
 import typing
 from collections.abc import Callable, Mapping
-from functools import cache
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 T = TypeVar("T")
@@ -31,11 +30,6 @@ class ConfigError(ValueError):
 def here(path: Path) -> str:
     """The default ``locate``: the dotted key alone."""
     return ".".join(path) or "(top level)"
-
-
-@cache
-def _hints(cls: Any) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
 
 
 def from_dict(cls: type[T], data: Any, locate: Locate = here, path: Path = ()) -> T:
@@ -58,10 +52,10 @@ def from_dict(cls: type[T], data: Any, locate: Locate = here, path: Path = ()) -
             near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.5)
             hint = f"; did you mean '{near[0]}'?" if near else f"; known keys: {', '.join(fields)}"
             raise ConfigError(f"{locate((*path, str(key)))}: unknown key '{key}'{hint}")
-    values = {}
+    values, hints = {}, typing.get_type_hints(cls)
     for name, field in fields.items():
         if name in data:
-            values[name] = convert(_hints(cls)[name], data[name], locate, (*path, name))
+            values[name] = convert(hints[name], data[name], locate, (*path, name))
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise ConfigError(f"{locate(path)}: missing key '{name}'")
     try:

@@ -1,0 +1,116 @@
+"""The job that encodes a data set into a token cache.
+
+    python -m scaling.data.encode runs/tokens/<id> --tokenizer runs/tokenizers/<id>
+
+- Several processes (``accelerate launch``) share the shards and never talk: one that fails or is late
+  holds up no collective, and the first one writes the manifest when all shards are there.
+- Images are read in threads while the tokenizer encodes; the batch is small enough that the published
+  tokenizer's widest layer fits into a gigabyte on the CPU.
+- Started again, it checks every shard and encodes what is missing or damaged.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from scaling.config import LaunchConfig, TokenizerRunConfig, from_dict
+from scaling.data.cache import Encode, Progress, build_cache
+from scaling.data.sources import open_source
+from scaling.process import JobProcess, run_job
+from scaling.records import RecordsError, RunFolder, read_json
+
+if TYPE_CHECKING:
+    import torch
+
+    from scaling.data.shards import UInt16
+    from scaling.data.transforms import UInt8
+    from scaling.tokenizer.vqvae import Tokenizer
+
+PIXELS_PER_BATCH = {"cpu": 2**19, "cuda": 2**22}
+"""Pixels encoded at once: 8 images of 256 px on a CPU, 64 on a GPU."""
+MAX_BATCH = 256
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Read the folder's config and launch files and encode; raises what ``run_job`` turns into exit codes."""
+    parser = argparse.ArgumentParser(
+        prog="python -m scaling.data.encode", description="Encode images into tokens."
+    )
+    parser.add_argument("folder", type=Path, help="the token cache's folder, with config.json")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="the tokenizer run's folder")
+    given = parser.parse_args(arguments)
+    folder = RunFolder(given.folder)
+    config = from_dict(TokenizerRunConfig, folder.config())
+    launch_file = folder.path / "launch.json"
+    launch = from_dict(LaunchConfig, read_json(launch_file)) if launch_file.exists() else LaunchConfig()
+
+    import torch
+    from accelerate import PartialState
+
+    from scaling.tokenizer.vqvae import load_tokenizer
+
+    if launch.device == "cuda" and not torch.cuda.is_available():
+        raise RecordsError(f"{launch_file}: device is cuda, and torch finds no GPU here")
+    if launch.threads is not None:
+        torch.set_num_threads(launch.threads)
+    state = PartialState(cpu=launch.device == "cpu")
+    with JobProcess(folder, is_main=state.is_main_process) as job:
+        tokenizer = load_tokenizer(given.tokenizer / "tokenizer")
+        if tokenizer.config != config.tokenizer:
+            raise RecordsError(
+                f"{given.tokenizer} holds another tokenizer than {folder.path / 'config.json'} says"
+            )
+        started = time.monotonic()
+
+        def report(progress: Progress) -> None:
+            job.beat(step=progress.images, total_steps=progress.total)
+            if progress.encoded:
+                speed = progress.encoded * state.num_processes / (time.monotonic() - started)
+                job.beat(images_per_second=round(speed, 2))
+
+        build_cache(
+            folder.path,
+            config.data,
+            config.tokenizer.scales,
+            config.tokenizer.vocab,
+            open_source(config.data),
+            encoder(tokenizer, state.device),
+            tokenizer.content_hash,
+            batch=batch_size(config.data.resolution, state.device.type),
+            threads=launch.threads or max(1, (os.cpu_count() or 1) // state.num_processes),
+            rank=state.process_index,
+            world=state.num_processes,
+            progress=report,
+            should_stop=job.should_stop,
+        )
+
+
+def batch_size(resolution: int, device: str) -> int:
+    """Images encoded at once on a kind of device."""
+    return max(1, min(MAX_BATCH, PIXELS_PER_BATCH.get(device, PIXELS_PER_BATCH["cuda"]) // resolution**2))
+
+
+def encoder(tokenizer: Tokenizer, device: torch.device) -> Encode:
+    """The tokenizer as a function from uint8 images (B, res, res, 3) to uint16 token ids (B, L)."""
+    import numpy as np
+    import torch
+
+    tokenizer = tokenizer.to(device).eval()
+
+    @torch.inference_mode()
+    def encode(images: UInt8) -> UInt16:
+        images_BHW3 = torch.from_numpy(images).to(device)
+        images_B3HW = images_BHW3.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0).contiguous()
+        return tokenizer.encode(images_B3HW).cpu().numpy().astype(np.uint16)
+
+    return encode
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(main))

@@ -1,0 +1,235 @@
+"""The plumbing that every job shares: tokenizer training, token encoding, transformer training.
+
+    def main() -> None:
+        with JobProcess(folder, is_main=accelerator.is_main_process) as job:
+            for step in range(start, total):
+                ...
+                job.beat(step=step + 1, total_steps=total, images_per_second=speed)
+                if job.should_stop():
+                    save_checkpoint(...)
+                    raise Interrupted
+
+    if __name__ == "__main__":
+        sys.exit(run_job(main))
+
+- A signal only sets a flag; the job looks at it where its state is whole, checkpoints and raises
+  ``Interrupted``. A signal more than three seconds later ends the process at once; sooner ones are
+  the same Ctrl-C, which reaches a process from the terminal, the launcher and the scheduler.
+- ``beat`` only remembers; one thread writes ``status.json`` about once a second, so that a training
+  step never waits for the disk and the heartbeat goes on through a long batch.
+- The same thread watches the launcher (``VARSCALE_LAUNCHER_PID``): a job whose launcher was killed
+  leaves as if it had been asked to, instead of holding the machine.
+- ``should_stop`` is what *this* process knows. Processes that share a batch must agree on the step at
+  which they leave (a reduced maximum of the flag), or one waits for the others for ever.
+- No torch here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+from scaling.records import RecordsError, RunFolder
+from scaling.schema import ConfigError
+
+DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 3
+"""Exit codes: finished; unforeseen error; a cause the user can remove, told in one line; asked to leave."""
+
+LAUNCHER = "VARSCALE_LAUNCHER_PID"
+"""Environment variable with the process id of the launcher, set by the scheduler."""
+
+BEAT_SECONDS = 1.0
+PATIENCE_SECONDS = 3.0
+IDLE_SECONDS = 4.0
+"""Longest silence of the heartbeat while nothing new was reported."""
+
+
+class Interrupted(Exception):  # noqa: N818 - leaving when asked is no error
+    """The job was asked to leave and has saved what it needs to go on."""
+
+
+class JobProcess:
+    """One process of a job in its run folder: status, heartbeat, lock and the wish to leave.
+
+    On entry the main process takes the folder's lock and sets status ``running`` with ``attempt`` + 1.
+    On exit the status becomes ``done``, ``interrupted`` (after ``Interrupted`` or Ctrl-C) or ``failed``
+    with ``error``, one line. Other processes write their failure only, and only the first one counts.
+
+    Raises:
+        FolderBusyError: (on entry) another process works in the folder; its status is left alone.
+    """
+
+    def __init__(self, folder: RunFolder, is_main: bool = True) -> None:
+        self.folder = folder
+        self.is_main = is_main
+        self._facts: dict[str, Any] = {}
+        self._changed = False
+        self._guard = threading.Lock()
+        self._stop = threading.Event()
+        self._asked: float | None = None
+        self._ended = threading.Event()
+        self._thread_error: BaseException | None = None
+        self._stack = contextlib.ExitStack()
+
+    # -- what a job calls ----------------------------------------------------------------------
+
+    def should_stop(self) -> bool:
+        """Whether this process was asked to leave (SIGTERM, SIGINT) or lost its launcher."""
+        self._raise_thread_error()
+        return self._stop.is_set()
+
+    def beat(self, **facts: Any) -> None:
+        """Report progress: ``step``, ``total_steps``, ``images_per_second``, ``loss``; cheap, at any rate."""
+        self._raise_thread_error()
+        with self._guard:
+            self._facts |= facts
+            self._changed = True
+
+    # -- entry and exit ------------------------------------------------------------------------
+
+    def __enter__(self) -> JobProcess:
+        with contextlib.ExitStack() as stack:
+            if self.is_main:
+                stack.enter_context(self.folder.lock())
+                self.folder.set_status("running", attempt=self.folder.status().get("attempt", 0) + 1)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                previous = signal.signal(number, self._on_signal)
+                stack.callback(signal.signal, number, previous)
+            thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
+            thread.start()
+            stack.callback(thread.join)
+            stack.callback(self._ended.set)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        # The thread ends first (last in, first out) but the lock must outlive the last status.
+        self._ended.set()
+        try:
+            if error is None:
+                self._finish("done")
+            elif isinstance(error, Interrupted | KeyboardInterrupt):
+                self._finish("interrupted")
+            else:
+                self._fail(one_line(error))
+        finally:
+            self._stack.close()
+
+    def _finish(self, state: str) -> None:
+        if self.is_main:
+            with self._guard:
+                if not self._peer_failed():
+                    self.folder.set_status(state, **self._facts)
+
+    def _fail(self, text: str) -> None:
+        with self._guard:
+            if not self._peer_failed():
+                try:
+                    self.folder.set_status("failed", error=text, **self._facts)
+                except OSError as problem:  # a full disk: the error itself still reaches stderr
+                    print(f"{self.folder.path}: could not record the failure ({problem})", file=sys.stderr)
+
+    def _peer_failed(self) -> bool:
+        """Whether another process of this job has failed: its error is the cause, ours a consequence."""
+        return bool(self.folder.status()["state"] == "failed")
+
+    # -- the thread ----------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        launcher = int(os.environ.get(LAUNCHER, 0))
+        silent = 0.0
+        while not self._ended.wait(BEAT_SECONDS):
+            if launcher and not alive(launcher):
+                self._stop.set()
+            silent += BEAT_SECONDS
+            try:
+                with self._guard:
+                    if not self.is_main or self._ended.is_set():
+                        continue
+                    if (self._changed or silent >= IDLE_SECONDS) and not self._peer_failed():
+                        self.folder.set_status("running", **self._facts)
+                        self._changed, silent = False, 0.0
+            except (OSError, RecordsError) as error:
+                self._thread_error = error
+                return
+
+    def _raise_thread_error(self) -> None:
+        if self._thread_error is not None:
+            raise self._thread_error
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._stop.set()
+        if self._asked is None:
+            self._asked = time.monotonic()
+        elif time.monotonic() - self._asked > PATIENCE_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+
+def alive(pid: int) -> bool:
+    """Whether the process runs; one that ended and was not yet collected by its parent does not."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:  # no /proc on this system
+        return True
+
+
+def disk_full(error: BaseException) -> bool:
+    """Whether the error says that no more can be written (no space, or over quota)."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return f"(os error {errno.ENOSPC})" in str(error)  # how safetensors tells it
+
+
+def one_line(error: BaseException) -> str:
+    """What went wrong, for a status file or a terminal: never more than one line."""
+    if disk_full(error):
+        where = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
+        return f"the disk is full{where}: free some space and start again; everything finished so far is kept"
+    text = " ".join(str(error).split())
+    if isinstance(error, ConfigError | RecordsError):
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def run_job(main: Callable[[], None]) -> int:
+    """Run ``main`` and turn how it ended into the exit code, for ``sys.exit``.
+
+    One line on stderr for what a user can cause (``ConfigError``, ``RecordsError``, a full disk);
+    the traceback, also on stderr, for anything unforeseen.
+    """
+    try:
+        main()
+    except (Interrupted, KeyboardInterrupt):
+        return INTERRUPTED
+    except (ConfigError, RecordsError) as error:
+        print(one_line(error), file=sys.stderr)
+        return REFUSED
+    except Exception as error:
+        if disk_full(error):
+            print(one_line(error), file=sys.stderr)
+            return REFUSED
+        traceback.print_exc()
+        return FAILED
+    return DONE

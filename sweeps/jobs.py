@@ -1,0 +1,189 @@
+"""Jobs: what a sweep starts as processes, and the folders that they work in.
+
+- Three kinds, in this order: the tokenizer, the token cache, the runs. Each reads ``config.json`` and
+  ``launch.json`` of its folder, so a command line holds paths only.
+- One process per run is started plainly; several through ``accelerate launch --multi_gpu``, which is also
+  what starts several on a machine without GPUs (``--cpu --num_processes 2`` silently runs one). Port 0
+  lets two such runs live on one machine.
+- A job is done when its status says so *and* what it leaves is there: a removed tokenizer is trained again.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from scaling.config import (
+    ConfigError,
+    LaunchConfig,
+    RunConfig,
+    TokenizerRunConfig,
+    content_hash,
+    from_dict,
+    to_dict,
+)
+from scaling.records import RecordsError, RunFolder, read_json, write_json
+
+PACKAGE_ROOT = Path(__file__).resolve().parents[1]
+LAUNCHER = "VARSCALE_LAUNCHER_PID"
+"""Tells a job its launcher, so that it leaves when the launcher is gone."""
+PRODUCTS = {
+    "tokenizer": "tokenizer/tokenizer.json",
+    "tokens": "manifest.json",
+    "run": "final/weights.safetensors",
+}
+MODULES = {
+    "tokenizer": "scaling.tokenizer.training",
+    "tokens": "scaling.data.encode",
+    "run": "scaling.trainer",
+}
+Kind = Literal["tokenizer", "tokens", "run"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One process (or group of processes) to run to its end."""
+
+    kind: Kind
+    folder: RunFolder
+    command: tuple[str, ...]
+    product: str
+    """What a finished job has left in its folder."""
+    needs: tuple[Path, ...] = ()
+    """Folders of the jobs that must be done before."""
+    environment: dict[str, str] = field(default_factory=dict)
+    launch: dict[str, Any] = field(default_factory=dict)
+    """Written to ``launch.json`` before the start."""
+    weight: float = 0.0
+    """Training FLOPs; the heaviest job that can start is started first."""
+    seconds: float | None = None
+    """Expected, when the machine was measured."""
+    config: RunConfig | None = None
+
+    @property
+    def name(self) -> str:
+        """How a person finds it."""
+        return self.kind if self.kind != "run" else self.folder.name
+
+    @property
+    def state(self) -> str:
+        """The recorded state, but never ``done`` without the product."""
+        state = str(self.folder.status()["state"])
+        return "waiting" if state == "done" and not (self.folder.path / self.product).exists() else state
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where everything of one sweep lies."""
+
+    root: Path
+    sweep: Path
+    tokenizer: Path
+    tokens: Path
+
+    @staticmethod
+    def of(root: Path, name: str, tokenizer: TokenizerRunConfig) -> Folders:
+        """The layout under ``root``."""
+        run_id = tokenizer.run_id
+        return Folders(root, root / name, root / "tokenizers" / run_id, root / "tokens" / run_id)
+
+
+def tokenizer_jobs(folders: Folders, launch: LaunchConfig, threads: int) -> list[Job]:
+    """The two jobs that all runs wait for; each has the whole machine to itself."""
+    plain = to_dict(replace(launch, threads=threads))
+    environment = process_environment(launch, threads)
+    tokenizer = Job(
+        "tokenizer",
+        RunFolder(folders.tokenizer),
+        command("tokenizer", [str(folders.tokenizer)], launch),
+        PRODUCTS["tokenizer"],
+        environment=environment,
+        launch=plain,
+    )
+    arguments = [str(folders.tokens), "--tokenizer", str(folders.tokenizer)]
+    tokens = Job(
+        "tokens",
+        RunFolder(folders.tokens),
+        command("tokens", arguments, launch),
+        PRODUCTS["tokens"],
+        needs=(folders.tokenizer,),
+        environment=environment,
+        launch=plain,
+    )
+    return [tokenizer, tokens]
+
+
+def run_job(folders: Folders, run: RunConfig, launch: LaunchConfig, threads: int, weight: float) -> Job:
+    """The job that trains one run."""
+    folder = folders.sweep / run.run_id
+    arguments = [str(folder), "--tokens", str(folders.tokens), "--tokenizer", str(folders.tokenizer)]
+    return Job(
+        "run",
+        RunFolder(folder),
+        command("run", arguments, launch),
+        PRODUCTS["run"],
+        needs=(folders.tokens,),
+        environment=process_environment(launch, threads),
+        launch=to_dict(replace(launch, threads=threads)),
+        weight=weight,
+        config=run,
+    )
+
+
+def command(kind: Kind, arguments: Sequence[str], launch: LaunchConfig) -> tuple[str, ...]:
+    """The command line of a job."""
+    module = ("-m", MODULES[kind], *arguments)
+    if launch.processes == 1:
+        return (sys.executable, *module)
+    return (
+        *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"),
+        *("--num_processes", str(launch.processes), "--num_machines", "1", "--main_process_port", "0"),
+        *("--mixed_precision", "no", "--dynamo_backend", "no", *module),
+    )
+
+
+def process_environment(launch: LaunchConfig, threads: int) -> dict[str, str]:
+    """What a job's environment has beside the launcher's own.
+
+    Precision and compilation are the job's to set from its config, so a person's Accelerate defaults are
+    overruled here.
+    """
+    path = os.pathsep.join(p for p in (str(PACKAGE_ROOT), os.environ.get("PYTHONPATH", "")) if p)
+    environment = {
+        "PYTHONPATH": path,
+        "PYTHONUNBUFFERED": "1",
+        "ACCELERATE_MIXED_PRECISION": "no",
+        "ACCELERATE_DYNAMO_BACKEND": "no",
+        LAUNCHER: str(os.getpid()),
+    }
+    if launch.device == "cpu":
+        environment |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        environment[name] = str(threads)
+    return environment
+
+
+def prepare(folder: RunFolder, config: RunConfig | TokenizerRunConfig) -> None:
+    """Make a job's folder, or check that it is of the same config.
+
+    Data that was moved keeps its identity: then only its path in ``config.json`` is brought up to date.
+
+    Raises:
+        RecordsError: the folder holds another config.
+    """
+    file, wanted = folder.path / "config.json", to_dict(config)
+    if file.exists():
+        found = read_json(file)
+        try:
+            same = content_hash(from_dict(type(config), found)) == content_hash(config)
+        except ConfigError as error:
+            raise RecordsError(f"{file}: {error}; choose another sweep name or remove the folder") from None
+        if same:
+            if found != wanted:
+                write_json(file, wanted)
+            return
+    folder.create(wanted)

@@ -1,0 +1,137 @@
+"""What this machine has, and how it is divided among runs.
+
+- Counted without torch: cores from the affinity mask and the cgroup, memory from the system and the
+  cgroup, GPUs from ``CUDA_VISIBLE_DEVICES`` or ``nvidia-smi -L``.
+- The division depends on the sweep and the machine alone, never on what is left to do or on what else
+  runs, so that a run gets the same number of threads, hence the same bits, when a sweep is resumed.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from scaling.config import ConfigError, LaunchConfig
+
+PROCESS_BYTES = 600 * 2**20
+"""What one training process takes beside its tensors (libraries, data), measured on the CPU."""
+MEMORY_SHARE = 0.8
+"""Share of the machine's memory that a sweep may fill."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The parts of a computer that a sweep can use."""
+
+    name: str
+    """CPU or GPU model; speeds are remembered by it."""
+    cores: int
+    memory: int
+    """Bytes of main memory."""
+    gpus: tuple[str, ...]
+    """Identifiers for ``CUDA_VISIBLE_DEVICES``."""
+
+
+@dataclass(frozen=True)
+class Allotment:
+    """How many runs train side by side, and what each gets."""
+
+    slots: tuple[tuple[str, ...], ...]
+    """The GPUs of each place; empty tuples on the CPU."""
+    threads: int
+    """CPU threads per process."""
+
+
+def this_machine() -> Machine:
+    """The machine that this process may use."""
+    gpus, gpu_name = _gpus()
+    return Machine(gpu_name or _cpu_name(), _cores(), _memory(), gpus)
+
+
+def allot(machine: Machine, launch: LaunchConfig, memories: Sequence[int]) -> Allotment:
+    """Divide the machine among runs that need ``memories`` bytes of tensors per process.
+
+    On GPUs each run gets ``launch.processes`` of them; more runs at once than that share them, when asked
+    for. On the CPU as many runs at once as there are cores and as fit into memory, largest first.
+
+    Raises:
+        ConfigError: more GPUs wanted than there are.
+    """
+    if launch.device == "cuda" and not machine.gpus:
+        raise ConfigError("launch.device is 'cuda', but this machine shows no GPU")
+    if machine.gpus and launch.device != "cpu":
+        per_run = launch.processes
+        if per_run > len(machine.gpus):
+            raise ConfigError(
+                f"launch.processes is {per_run}, but this machine shows {len(machine.gpus)} GPUs"
+            )
+        groups = [machine.gpus[i : i + per_run] for i in range(0, len(machine.gpus) - per_run + 1, per_run)]
+        at_once = launch.runs_at_once or min(len(groups), max(1, len(memories)))
+        slots = tuple(groups[i % len(groups)] for i in range(at_once))
+    else:
+        at_once = launch.runs_at_once or _runs_that_fit(machine, launch.processes, memories)
+        slots = ((),) * at_once
+    threads = launch.threads or max(1, machine.cores // (at_once * launch.processes))
+    return Allotment(slots, threads)
+
+
+def _runs_that_fit(machine: Machine, processes: int, memories: Sequence[int]) -> int:
+    room, count = MEMORY_SHARE * machine.memory, 0
+    for need in sorted(memories, reverse=True)[: max(1, machine.cores // processes)]:
+        room -= processes * (need + PROCESS_BYTES)
+        if room < 0:
+            break
+        count += 1
+    return max(1, count)
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    quota = _cgroup("cpu.max").split()
+    if len(quota) == 2 and quota[0].isdigit():
+        cores = min(cores, max(1, int(quota[0]) // int(quota[1])))
+    return cores
+
+
+def _memory() -> int:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = _cgroup("memory.max").strip()
+    return min(memory, int(limit)) if limit.isdigit() else memory
+
+
+def _cgroup(name: str) -> str:
+    try:
+        return (Path("/sys/fs/cgroup") / name).read_text()
+    except OSError:  # no cgroup v2 here: no limit from it
+        return ""
+
+
+def _gpus() -> tuple[tuple[str, ...], str]:
+    """Identifiers and the first one's model; MIG slices count as GPUs, by their UUIDs."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if shutil.which("nvidia-smi") is None or (visible is not None and visible.strip() in ("", "-1")):
+        return (), ""
+    listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
+    models = re.findall(r"^GPU (\d+): (.+?) \(UUID", listing, re.MULTILINE)
+    slices = re.findall(r"^\s+MIG .*\(UUID: (MIG-[^)]+)\)", listing, re.MULTILINE)
+    name = models[0][1] if models else ""
+    if visible is not None:
+        return tuple(v.strip() for v in visible.split(",")), name
+    return tuple(slices or [index for index, _ in models]), name
+
+
+def _cpu_name() -> str:
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1] if found else platform.processor() or platform.machine()

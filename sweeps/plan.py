@@ -1,0 +1,228 @@
+"""A plan: what a recipe comes to on this machine, in numbers, before anything runs. No torch.
+
+Costs are exact where there is a closed form (parameters, FLOPs, tokens) and estimates where the machine
+decides (memory, disk, time). The plan is a pure function of the recipe, the machine and what is on disk,
+always in the same order: by depth, then by seed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scaling.config import DataConfig, RunConfig, TokenizerRunConfig, to_dict
+from scaling.flops import checkpoint_bytes, params, params_total, token_bytes, train_flops, train_memory
+from scaling.records import write_json
+from sweeps.calibration import cached_images, load
+from sweeps.jobs import PACKAGE_ROOT, Folders, Job, prepare, run_job, tokenizer_jobs
+from sweeps.machine import PROCESS_BYTES, Allotment, Machine, allot
+from sweeps.recipe import Recipe
+
+CHECKPOINTS = 3
+"""Two are kept, a third is being written."""
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run in DESIGN's words and units."""
+
+    run: str
+    depth: int
+    seed: int
+    width: int
+    params: int
+    params_total: int
+    batch: int
+    steps: int
+    tokens: int
+    epochs: float
+    flops: int
+    memory: int
+    """Bytes of all its processes."""
+    disk: int
+    """Bytes at their most: checkpoints and final weights."""
+    seconds: float | None
+    state: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every job of a sweep with what it costs."""
+
+    recipe: Recipe
+    data: DataConfig
+    folders: Folders
+    machine: Machine
+    allotment: Allotment
+    configs: tuple[RunConfig, ...]
+    runs: tuple[PlannedRun, ...]
+    jobs: tuple[Job, ...]
+    """Tokenizer, tokens, then the runs in the order of ``runs``."""
+
+    @property
+    def tokenizer_run(self) -> TokenizerRunConfig:
+        """Stage 1."""
+        return self.recipe.tokenizer_run(self.data)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Disk that the tokens take."""
+        return token_bytes(self.recipe.tokenizer, cached_images(self.data))
+
+    @property
+    def disk(self) -> int:
+        """Bytes that the jobs still to do may take."""
+        runs = sum(r.disk for r in self.runs if r.state != "done")
+        return runs + (0 if self.jobs[1].state == "done" else self.cache_bytes)
+
+    @property
+    def peak_memory(self) -> int:
+        """Bytes of the largest runs that train side by side."""
+        return sum(sorted((r.memory for r in self.runs), reverse=True)[: len(self.allotment.slots)])
+
+    @property
+    def seconds(self) -> float | None:
+        """Time until everything is done, or None when a job's time is unknown."""
+        left = [(j.kind, j.seconds, j.weight) for j in self.jobs if j.state != "done"]
+        if any(seconds is None for _, seconds, _ in left):
+            return None
+        first = sum(s or 0.0 for kind, s, _ in left if kind != "run")
+        runs = [s or 0.0 for kind, s, _ in sorted(left, key=lambda j: -j[2]) if kind == "run"]
+        return first + makespan(runs, len(self.allotment.slots))
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan for other programs."""
+        return {
+            "name": self.recipe.name,
+            "machine": to_dict(self.machine),
+            "runs_at_once": len(self.allotment.slots),
+            "threads": self.allotment.threads,
+            "jobs": [
+                {"job": j.kind, "folder": str(j.folder.path), "state": j.state, "seconds": j.seconds}
+                for j in self.jobs[:2]
+            ],
+            "runs": [dataclasses.asdict(r) for r in self.runs],
+            "total": {
+                "flops": sum(r.flops for r in self.runs),
+                "flops_to_do": sum(r.flops for r in self.runs if r.state != "done"),
+                "peak_memory": self.peak_memory,
+                "disk_to_do": self.disk,
+                "seconds_to_do": self.seconds,
+            },
+        }
+
+    def write(self) -> None:
+        """Make every folder with its config, and ``sweep.json``, before anything starts.
+
+        Raises:
+            RecordsError: a folder holds another config.
+        """
+        for job in self.jobs[:2]:
+            prepare(job.folder, self.tokenizer_run)
+        for job, config in zip(self.jobs[2:], self.configs, strict=True):
+            prepare(job.folder, config)
+        value = {
+            "name": self.recipe.name,
+            "recipe": to_dict(dataclasses.replace(self.recipe, data=self.data)),
+            "runs": [r.run for r in self.runs],
+            "tokenizer": f"../tokenizers/{self.folders.tokenizer.name}",
+            "tokens": f"../tokens/{self.folders.tokens.name}",
+            "command": shlex.join(["python", *sys.argv]),
+            "commit": code_commit(),
+        }
+        write_json(self.folders.sweep / "sweep.json", value)
+
+
+def make_plan(recipe: Recipe, data: DataConfig, root: Path, machine: Machine) -> Plan:
+    """Plan a sweep.
+
+    Args:
+        data: the recipe's data with all counts known.
+        root: the folder of all sweeps.
+
+    Raises:
+        ConfigError: the recipe does not fit the data or the machine.
+        RecordsError: a status file is damaged.
+    """
+    root = root.absolute()
+    if data.path is not None:
+        data = dataclasses.replace(data, path=str(Path(data.path).expanduser().absolute()))
+    configs = tuple(recipe.runs(data))
+    launch, tokenizer = recipe.launch, recipe.tokenizer_run(data)
+    folders = Folders.of(root, recipe.name, tokenizer)
+    memories = [_process_memory(recipe, c) for c in configs]
+    allotment = allot(machine, launch, memories)
+    calibration = load(root)
+
+    whole_machine = launch.threads or max(1, machine.cores // launch.processes)
+    jobs = [
+        dataclasses.replace(job, seconds=calibration.image_seconds(job.kind, tokenizer, machine))
+        for job in tokenizer_jobs(folders, launch, whole_machine)
+    ]
+    runs = []
+    for config, memory in zip(configs, memories, strict=True):
+        flops = train_flops(config.model) * config.train.batch * config.total_steps
+        seconds = calibration.run_seconds(config, machine, allotment, launch.processes)
+        job = dataclasses.replace(run_job(folders, config, launch, allotment.threads, flops), seconds=seconds)
+        jobs.append(job)
+        runs.append(_planned(config, job, flops, launch.processes * (memory + PROCESS_BYTES)))
+    return Plan(recipe, data, folders, machine, allotment, configs, tuple(runs), tuple(jobs))
+
+
+def code_commit() -> str | None:
+    """The commit of the code that runs, marked when it was changed since; None outside a checkout."""
+    git = ["git", "-C", str(PACKAGE_ROOT)]
+    try:
+        found = subprocess.run(
+            [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
+        )
+        changed = subprocess.run(
+            [*git, "diff", "--quiet", "HEAD"], capture_output=True, check=False
+        ).returncode
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip() + (" (changed)" if changed else "")
+
+
+def makespan(seconds: Sequence[float], places: int) -> float:
+    """When the last of the jobs ends if each, in this order, takes the first free place."""
+    free = [0.0] * places
+    for duration in seconds:
+        free[free.index(min(free))] += duration
+    return max(free)
+
+
+def _process_memory(recipe: Recipe, config: RunConfig) -> int:
+    launch = recipe.launch
+    share = -(-config.train.batch // launch.processes)
+    micro = min(launch.micro_batch or share, share)
+    return train_memory(config.model, micro, config.train.precision)
+
+
+def _planned(config: RunConfig, job: Job, flops: int, memory: int) -> PlannedRun:
+    model, train, steps = config.model, config.train, config.total_steps
+    images = config.data.train_images
+    assert images is not None  # RunConfig has checked it
+    return PlannedRun(
+        run=config.run_id,
+        depth=model.depth,
+        seed=config.seed,
+        width=model.width,
+        params=params(model),
+        params_total=params_total(model),
+        batch=train.batch,
+        steps=steps,
+        tokens=steps * train.batch * model.seq_len,
+        epochs=steps * train.batch / images,
+        flops=flops,
+        memory=memory,
+        disk=CHECKPOINTS * checkpoint_bytes(model) + 4 * params_total(model),
+        seconds=job.seconds,
+        state=job.state,
+    )

@@ -1,0 +1,186 @@
+"""One display for a whole sweep: a live table on a terminal, a line every 15 seconds elsewhere.
+
+Everything shown is read from the jobs' ``status.json``; the display holds no state that a job needs. Time
+left is from the speed seen since this launcher started, for jobs that wait from the speed of those that ran,
+or from the machine's calibration.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+
+from sweeps.plan import makespan
+from sweeps.scheduler import JobState
+from sweeps.tables import duration, number
+
+LINE_SECONDS = 15.0
+LIVE_SECONDS = 0.5
+MOST_ROWS = 30
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is known of one job at this moment."""
+
+    name: str
+    phase: str
+    step: int | None
+    total: int | None
+    loss: float | None
+    images_per_second: float | None
+    left: float | None
+    """Seconds."""
+
+
+class Progress:
+    """The display; ``update`` is the scheduler's ``on_tick``."""
+
+    def __init__(self, console: Console, places: int) -> None:
+        self.console = console
+        self.places = places
+        self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
+        self._shown = 0.0
+        self._phases: dict[str, str] = {}
+        self._first: dict[str, tuple[float, int]] = {}
+        self._flops_per_second: float | None = None
+
+    def __enter__(self) -> Progress:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live:
+            self._live.stop()
+
+    def update(self, states: Sequence[JobState]) -> None:
+        """Show what has changed; cheap when it is too early to."""
+        now = time.monotonic()
+        events = self._events(states)
+        for event in events:
+            self.console.print(event, highlight=False, markup=False)
+        if now - self._shown < (LIVE_SECONDS if self._live else LINE_SECONDS) and not (self._live and events):
+            return
+        self._shown = now
+        rows = [self.row(s) for s in states]
+        left = self.time_left(states, rows)
+        if self._live:
+            self._live.update(_table(rows, left), refresh=True)
+        elif any(r.phase in ("running", "elsewhere") for r in rows):
+            self.console.print(line(rows, left), highlight=False, markup=False, soft_wrap=True)
+
+    def row(self, state: JobState) -> Row:
+        """One job's present."""
+        name = state.job.name
+        if state.phase not in ("running", "elsewhere", "done"):
+            return Row(name, state.phase, None, None, None, None, None)
+        status = state.job.folder.status()
+        if state.phase == "done":
+            return Row(name, "done", None, None, status.get("loss"), None, 0.0)
+        step, total = status.get("step"), status.get("total_steps")
+        # Until the job itself has written, status.json speaks of an earlier attempt.
+        if state.started is not None and status.get("heartbeat", 0) < state.started:
+            step = None
+        left = self._time_left_of(state, step, total) if step is not None and total else None
+        return Row(name, state.phase, step, total, status.get("loss"), status.get("images_per_second"), left)
+
+    def time_left(self, states: Sequence[JobState], rows: Sequence[Row]) -> float | None:
+        """Seconds until all is done; None while some job's time cannot be told."""
+        alone, side_by_side = 0.0, []
+        for state, row in sorted(zip(states, rows, strict=True), key=lambda p: -p[0].job.weight):
+            if row.phase in ("done", "failed", "interrupted", "blocked"):
+                continue
+            seconds = row.left if row.left is not None else state.job.seconds
+            if seconds is None and self._flops_per_second and state.job.weight:
+                seconds = state.job.weight / self._flops_per_second
+            if seconds is None:
+                return None
+            if state.job.kind == "run":
+                side_by_side.append(seconds)
+            else:
+                alone += seconds
+        return alone + makespan(side_by_side, self.places)
+
+    def _time_left_of(self, state: JobState, step: int, total: int) -> float | None:
+        now = time.monotonic()
+        since, first = self._first.setdefault(state.job.name, (now, step))
+        if step <= first or now - since < 1.0:
+            return None
+        speed = (step - first) / (now - since)
+        if state.job.weight:
+            self._flops_per_second = speed * state.job.weight / total
+        return (total - step) / speed
+
+    def _events(self, states: Sequence[JobState]) -> list[str]:
+        events = []
+        for state in states:
+            before = self._phases.get(state.job.name)
+            self._phases[state.job.name] = state.phase
+            if before in (None, state.phase):
+                continue
+            clock = time.strftime("%H:%M:%S")
+            if state.phase == "done":
+                loss = state.job.folder.status().get("loss")
+                at = f", loss {loss:.3f}" if isinstance(loss, float) else ""
+                took = f" in {duration(state.seconds)}" if state.started else " by another launcher"
+                events.append(f"{clock}  done: {state.job.name}{took}{at}")
+            elif state.phase == "failed":
+                events.append(f"{clock}  FAILED: {state.job.name}: {state.reason}")
+            elif state.phase == "elsewhere":
+                events.append(
+                    f"{clock}  {state.job.name} is being worked on by another process; waiting for it"
+                )
+        return events
+
+
+def line(rows: Sequence[Row], left: float | None) -> str:
+    """The sweep in one line."""
+    runs = [r for r in rows if r.name not in ("tokenizer", "tokens")]
+    parts = [f"{time.strftime('%H:%M:%S')}  {sum(r.phase == 'done' for r in runs)}/{len(runs)} runs done"]
+    for row in rows:
+        if row.phase not in ("running", "elsewhere"):
+            continue
+        text = f"{row.name} {row.step if row.step is not None else '-'}/{row.total or '-'}"
+        text += f" loss {row.loss:.3f}" if row.loss is not None else ""
+        text += f" {number(row.images_per_second)} img/s" if row.images_per_second else ""
+        parts.append(text)
+    if left is not None:
+        parts.append(f"about {duration(left)} left")
+    return " · ".join(parts)
+
+
+def _table(rows: Sequence[Row], left: float | None) -> Table:
+    done, total = sum(r.phase == "done" for r in rows), len(rows)
+    title = f"{done} of {total} jobs done" + (f", about {duration(left)} left" if left is not None else "")
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table.add_column("job", no_wrap=True)
+    table.add_column("", width=24)
+    for heading in ("step", "loss", "images/s", "left"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    shown = rows if total <= MOST_ROWS else [r for r in rows if r.phase not in ("done", "waiting")]
+    for row in shown:
+        if row.phase in ("running", "elsewhere") and row.step is not None and row.total:
+            bar: ProgressBar | str = ProgressBar(total=row.total, completed=row.step, width=24)
+        elif row.phase == "done":
+            bar = ProgressBar(total=1, completed=1, width=24)
+        else:
+            bar = "starting" if row.phase == "running" else row.phase
+        table.add_row(
+            row.name,
+            bar,
+            f"{row.step}/{row.total}" if row.step is not None else "",
+            f"{row.loss:.3f}" if row.loss is not None else "",
+            number(row.images_per_second) if row.images_per_second else "",
+            duration(row.left) if row.left else "",
+        )
+    return table

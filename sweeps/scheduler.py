@@ -1,0 +1,289 @@
+"""Runs jobs to their end: several at once, in order of need and weight, through kills and restarts.
+
+- Each job is a process in a session of its own, so that a Ctrl-C at the terminal reaches the launcher
+  alone, which passes on SIGTERM and waits for the checkpoints. A second Ctrl-C, at least three seconds
+  later, kills.
+- Nothing is kept in memory that matters: a launcher that was killed is replaced by starting the same
+  command. Its orphans notice that it is gone and leave; the new launcher waits for their locks.
+- Two locks. The job itself holds its folder's lock while it works. The launcher holds ``.launcher`` beside
+  it from before the start until after the end, so that two launchers never start the same job and never
+  probe a lock that a job is about to take.
+- A job that fails takes down only what needs it; the others go on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shlex
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import IO, Literal
+
+from scaling.records import write_json
+from sweeps.jobs import Job
+
+Phase = Literal["waiting", "running", "elsewhere", "done", "failed", "interrupted", "blocked"]
+ENDED = ("done", "failed", "interrupted", "blocked")
+REFUSED, INTERRUPTED = 2, 3
+"""Exit codes of a job: a cause that a person can remove, told in one line; asked to leave."""
+TICK_SECONDS = 0.1
+SAME_SIGNAL_SECONDS = 3.0
+TAIL_LINES = 12
+
+
+@dataclass
+class JobState:
+    """Where one job stands, for the scheduler and for the display."""
+
+    job: Job
+    phase: Phase = "waiting"
+    reason: str = ""
+    """Why it failed, in one line."""
+    code: int | None = None
+    started: float | None = None
+    """Unix time of the start by this launcher."""
+    seconds: float = 0.0
+    """From start to end, once it has ended."""
+    from_scratch: bool = False
+    """Started by this launcher with nothing done before."""
+    slot: int | None = None
+    process: subprocess.Popen[bytes] | None = None
+    claim: IO[str] | None = None
+    log_start: int = 0
+
+    @property
+    def log(self) -> Path:
+        """Everything that the job has printed."""
+        return self.job.folder.path / "log.txt"
+
+    def log_tail(self) -> list[str]:
+        """The last lines of this attempt."""
+        if not self.log.exists():
+            return []
+        with self.log.open("rb") as file:
+            file.seek(self.log_start)
+            text = file.read().decode("utf-8", "replace")
+        return [line for line in text.splitlines() if line.strip()][-TAIL_LINES:]
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a launch ended."""
+
+    states: tuple[JobState, ...]
+    interrupted: bool
+
+    @property
+    def failed(self) -> list[JobState]:
+        """The jobs that failed or left early, but not those that only waited for them."""
+        return [s for s in self.states if s.phase in ("failed", "interrupted")]
+
+    @property
+    def missing(self) -> list[JobState]:
+        """All jobs that are not done."""
+        return [s for s in self.states if s.phase != "done"]
+
+    @property
+    def started(self) -> int:
+        """Jobs that this launcher started."""
+        return sum(s.started is not None for s in self.states)
+
+    @property
+    def exit_code(self) -> int:
+        """0 all done; 130 stopped by a signal; 2 when every failure was a plain refusal; else 1."""
+        if self.interrupted:
+            return 130
+        if not self.missing:
+            return 0
+        return REFUSED if self.failed and all(s.code == REFUSED for s in self.failed) else 1
+
+
+@dataclass
+class Scheduler:
+    """Runs ``jobs`` on ``slots``; ``run`` returns when nothing is left that could be done."""
+
+    jobs: Sequence[Job]
+    slots: Sequence[tuple[str, ...]]
+    """The GPUs of each place where a job can run; empty tuples on the CPU."""
+    on_tick: Callable[[Sequence[JobState]], None] = lambda states: None
+    on_done: Callable[[JobState], None] = lambda state: None
+    states: list[JobState] = field(init=False)
+    _signals: list[float] = field(init=False, default_factory=list)
+    _stopping: bool = field(init=False, default=False)
+
+    def __post_init__(self) -> None:
+        self.states = [JobState(job, "done" if job.state == "done" else "waiting") for job in self.jobs]
+
+    def run(self) -> Result:
+        """Start, watch and collect until the end.
+
+        SIGINT, SIGTERM and SIGHUP stop the launch: running jobs checkpoint and leave first.
+        """
+        with self._handlers():
+            try:
+                while True:
+                    self._reap()
+                    if self._signals:
+                        self._stop()
+                    else:
+                        self._start_what_can()
+                    self.on_tick(self.states)
+                    busy = any(s.process for s in self.states)
+                    if not busy and (self._signals or all(s.phase in ENDED for s in self.states)):
+                        return Result(tuple(self.states), bool(self._signals))
+                    time.sleep(TICK_SECONDS)
+            finally:
+                self._leave_nothing_behind()
+
+    # -- starting ------------------------------------------------------------------------------
+
+    def _start_what_can(self) -> None:
+        phases = {s.job.folder.path: s.phase for s in self.states}
+        for state in sorted(self.states, key=lambda s: -s.job.weight):
+            if state.phase not in ("waiting", "elsewhere"):
+                continue
+            needs = [phases.get(path, "done") for path in state.job.needs]
+            if any(phase in ENDED and phase != "done" for phase in needs):
+                self._end(state, "blocked")
+            elif all(phase == "done" for phase in needs):
+                self._start_if_free(state)
+
+    def _start_if_free(self, state: JobState) -> None:
+        """Start the job unless all places are taken or another process works on it."""
+        recorded = state.job.state
+        if recorded == "done":
+            self._end(state, "done")
+            return
+        used = {s.slot for s in self.states}
+        free = [i for i in range(len(self.slots)) if i not in used]
+        if not free:
+            return
+        if state.claim is None:
+            state.claim = _claim(state.job.folder.path / ".launcher")
+        if state.claim is None or state.job.folder.busy():
+            state.phase = "elsewhere"
+        elif state.phase == "elsewhere" and recorded == "failed":
+            state.reason = str(state.job.folder.status().get("error", "failed under another launcher"))
+            self._end(state, "failed")
+        else:
+            self._start(state, free[0])
+
+    def _start(self, state: JobState, slot: int) -> None:
+        job = state.job
+        write_json(job.folder.path / "launch.json", job.launch)
+        environment = os.environ | job.environment
+        if self.slots[slot]:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(self.slots[slot])
+        state.from_scratch = job.folder.status().get("attempt", 0) == 0
+        with state.log.open("ab") as log:
+            state.log_start = log.tell()
+            log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(job.command)}\n".encode())
+            log.flush()
+            state.log_start = log.tell()
+            state.process = subprocess.Popen(
+                job.command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+            )
+        state.slot, state.phase, state.started = slot, "running", time.time()
+
+    # -- ending --------------------------------------------------------------------------------
+
+    def _reap(self) -> None:
+        for state in self.states:
+            if state.process is None or state.process.poll() is None:
+                continue
+            state.code = state.process.returncode
+            state.seconds = time.time() - (state.started or time.time())
+            state.process, state.slot = None, None
+            recorded = str(state.job.state)
+            if recorded == "done":
+                self._end(state, "done")
+                self.on_done(state)
+            elif state.code == INTERRUPTED or recorded == "interrupted":
+                state.reason = "was asked to leave"
+                self._end(state, "interrupted")
+            elif state.code == REFUSED and state.job.folder.busy():
+                state.phase = "elsewhere"
+            else:
+                state.reason = self._why(state, recorded)
+                if recorded != "failed":  # killed, so it could not say so itself
+                    with contextlib.suppress(OSError):  # a full disk: the reason is printed all the same
+                        state.job.folder.set_status("failed", error=state.reason)
+                self._end(state, "failed")
+
+    def _end(self, state: JobState, phase: Phase) -> None:
+        state.phase = phase
+        if state.claim is not None:
+            state.claim.close()
+            state.claim = None
+
+    @staticmethod
+    def _why(state: JobState, recorded: str) -> str:
+        tail = state.log_tail()
+        if state.code is not None and state.code < 0:
+            hint = " (out of memory?)" if -state.code == signal.SIGKILL else ""
+            return f"killed by {signal.Signals(-state.code).name}{hint}"
+        if recorded == "failed":
+            return str(state.job.folder.status().get("error", f"exit code {state.code}"))
+        if state.code == 0:
+            return f"ended without leaving {state.job.product}"
+        return tail[-1] if tail else f"exit code {state.code}, and nothing in the log"
+
+    # -- leaving -------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _handlers(self) -> Iterator[None]:
+        def remember(number: int, frame: FrameType | None) -> None:
+            self._signals.append(time.monotonic())
+
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        before = {number: signal.signal(number, remember) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _stop(self) -> None:
+        """Ask once; a signal clearly later than the first one (no echo of it) kills."""
+        again = self._signals[-1] - self._signals[0] > SAME_SIGNAL_SECONDS
+        if again or not self._stopping:
+            self._signal_all(signal.SIGKILL if again else signal.SIGTERM)
+        self._stopping = True
+
+    def _signal_all(self, number: signal.Signals) -> None:
+        for state in self.states:
+            if state.process is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(state.process.pid, number)
+
+    def _leave_nothing_behind(self) -> None:
+        self._signal_all(signal.SIGTERM)
+        for state in self.states:
+            if state.process is not None:
+                state.process.wait()
+            if state.claim is not None:
+                state.claim.close()
+
+
+def _claim(file: Path) -> IO[str] | None:
+    """An open, locked file, or None when another launcher has it; the system frees it on any death."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle = file.open("a+")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        handle.close()
+        return None
+    return handle

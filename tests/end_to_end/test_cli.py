@@ -1,0 +1,210 @@
+"""The command line as a person meets it: exit codes, one clear line, and no torch where none is needed."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import run_sweep
+from scaling.config import DataConfig
+from scaling.records import RunFolder
+from sweeps.commands import plan as make_plan
+from sweeps.recipe import load_recipe
+
+ROOT = Path(__file__).parents[2]
+
+NO_TORCH = """
+import sys
+sys.argv[0] = "run_sweep.py"
+import run_sweep
+code = run_sweep.main()
+sys.exit(99 if {"torch", "accelerate"} & sys.modules.keys() else code)
+"""
+
+
+def cli(*words: str | Path, no_torch: bool = False) -> subprocess.CompletedProcess[str]:
+    start = ["-c", NO_TORCH] if no_torch else [str(ROOT / "run_sweep.py")]
+    return subprocess.run(
+        [sys.executable, *start, *map(str, words)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def refused(*words: str | Path) -> str:
+    """The one line of a refusal."""
+    result = cli(*words)
+    assert result.returncode == 2, result.stdout + result.stderr
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: ")
+    return lines[0].removeprefix("error: ")
+
+
+def write_sweep(root: Path) -> list[RunFolder]:
+    """The folders of a started quickstart in which nothing has run."""
+    recipe = load_recipe("quickstart", {("data", "num_classes"): 20})
+    made = make_plan(recipe, root, lambda data: data)
+    made.write()
+    return [job.folder for job in made.jobs]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--help",),
+        ("plan", "--help"),
+        ("plan", "quickstart", "--help"),
+        ("plan", "quickstart"),
+        ("plan", "quickstart", "--json"),
+        ("plan", "imagenet256", "--depths", "6", "30"),
+    ],
+)
+def test_planning_and_help_need_no_torch(words: tuple[str, ...], tmp_path: Path) -> None:
+    root = () if "--help" in words else ("--root", str(tmp_path))
+    result = cli(*words, *root, no_torch=True)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert list(tmp_path.iterdir()) == [], "looking changes nothing"
+
+
+def test_status_needs_no_torch_and_shows_every_job(tmp_path: Path) -> None:
+    folders = write_sweep(tmp_path)
+    folders[2].set_status("running", step=30, total_steps=300, loss=4.5, images_per_second=800.0)
+    folders[3].set_status("failed", error="ValueError: loss is not a number")
+    result = cli("status", "quickstart", "--root", tmp_path, no_torch=True)
+    assert (result.returncode, result.stderr) == (0, "")
+    for folder in folders[2:]:
+        assert folder.name in result.stdout
+    assert "30/300" in result.stdout
+    assert "4.500" in result.stdout
+    assert "ValueError: loss is not a number" in result.stdout
+    states = json.loads(cli("status", "quickstart", "--root", tmp_path, "--json").stdout)
+    assert states[folders[2].name]["step"] == 30
+    assert states["tokenizer"]["state"] == "waiting"
+
+
+def test_report_needs_no_torch_even_when_there_is_nothing_to_report(tmp_path: Path) -> None:
+    write_sweep(tmp_path)
+    assert cli("report", "quickstart", "--root", tmp_path, no_torch=True).returncode == 2
+
+
+def test_the_plan_lists_every_run_with_the_overrides(tmp_path: Path) -> None:
+    result = cli("plan", "quickstart", "--root", tmp_path, "--depths", "2", "4", "--train.batch", "32")
+    assert result.returncode == 0, result.stderr
+    rows = [line.split() for line in result.stdout.splitlines() if line.strip().startswith("var-d")]
+    assert [row[1] for row in rows] == ["2", "4"]
+    assert [row[5] for row in rows] == ["32", "32"]
+
+
+def test_a_wrong_command_or_recipe_is_told_with_the_nearest(tmp_path: Path) -> None:
+    assert refused("plna", "quickstart") == "unknown command 'plna'; did you mean 'plan'?"
+    assert "needs a recipe" in refused("plan")
+    assert "did you mean quickstart?" in refused("plan", "quikstart")
+    assert (
+        refused("plan", "quickstart", "--train.lrr", "1")
+        == "unknown option --train.lrr; did you mean --train.lr?"
+    )
+    assert refused("plan", "quickstart", "--train.lr", "x").startswith("--train.lr: expected a number")
+
+
+def test_a_wrong_recipe_is_told_with_file_and_line(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    text = (ROOT / "sweeps" / "quickstart.yaml").read_text()
+    file.write_text(text.replace("  lr: 2.0e-3", "  lrate: 2.0e-3"))
+    line = 1 + [x.strip().startswith("lrate") for x in file.read_text().splitlines()].index(True)
+    assert refused("plan", file).startswith(
+        f"{file}, line {line} (train.lrate): unknown key 'lrate'; did you mean"
+    )
+    assert "must end at the latent size 4" in refused(
+        "plan", "quickstart", "--tokenizer.scales", "1", "2", "3"
+    )
+
+
+@pytest.mark.parametrize("source", ["folder", "parquet"])
+def test_missing_and_empty_data_is_refused_before_anything_is_made(tmp_path: Path, source: str) -> None:
+    root, empty = tmp_path / "runs", tmp_path / "empty"
+    empty.mkdir()
+    for path in (tmp_path / "nowhere", empty):
+        words = ("--root", str(root), "--data.source", source, "--data.path", str(path))
+        assert str(path) in refused("run", "cifar10", *words)
+        assert str(path) in refused("plan", "cifar10", *words, "--data.train-images", "none")
+    assert not root.exists()
+
+
+def test_a_folder_of_another_config_is_refused(tmp_path: Path) -> None:
+    first = json.loads(cli("plan", "quickstart", "--root", tmp_path, "--json").stdout)
+    name = first["runs"][0]["run"]
+    folder = RunFolder(tmp_path / "quickstart" / name)
+    folder.create({"another": "config"})
+    message = refused("run", "quickstart", "--root", tmp_path)
+    assert str(folder.path) in message
+    assert "choose another sweep name or remove the folder" in message
+
+
+def test_status_report_and_sample_of_a_sweep_that_was_never_started(tmp_path: Path) -> None:
+    for words in (("status",), ("report",), ("sample", "--depth", "3")):
+        command, *rest = words
+        assert str(tmp_path / "quickstart") in refused(command, "quickstart", "--root", tmp_path, *rest)
+
+
+def test_sample_says_which_depths_are_there_and_checks_what_it_is_asked(tmp_path: Path) -> None:
+    folders = write_sweep(tmp_path)
+    folders[3].set_status("done")
+    root = ("--root", tmp_path)
+    assert refused("sample", "quickstart", *root) == "sample needs --depth, the depth of a finished run"
+    assert "finished depths: 2" in refused("sample", "quickstart", *root, "--depth", "5")
+    assert "--count must be at least 1" in refused(
+        "sample", "quickstart", *root, "--depth", "2", "--count", "0"
+    )
+
+
+def test_a_damaged_file_of_ours_is_named(tmp_path: Path) -> None:
+    folders = write_sweep(tmp_path)
+    (folders[4].path / "status.json").write_text('{"state": "runn')
+    assert str(folders[4].path / "status.json") in refused("status", "quickstart", "--root", tmp_path)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EACCES])
+def test_a_full_or_locked_disk_is_one_line(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*arguments: object) -> None:
+        raise OSError(number, os.strerror(number), str(tmp_path / "sweep.json"))
+
+    monkeypatch.setattr("sweeps.plan.write_json", fails)
+    monkeypatch.setattr(run_sweep, "_check_data", lambda data: None)
+    monkeypatch.setattr(run_sweep, "_resolve", _counted)
+    assert run_sweep.main(["run", "quickstart", "--root", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert str(tmp_path / "sweep.json") in error
+
+
+def _counted(data: DataConfig) -> DataConfig:
+    return load_recipe("quickstart", {("data", "num_classes"): 20}).data
+
+
+def test_a_sweep_that_is_done_trains_nothing_and_writes_the_report_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run_sweep, "_resolve", _counted)
+    made = make_plan(load_recipe("quickstart"), tmp_path, _counted)
+    made.write()
+    for job in made.jobs:
+        (job.folder.path / job.product).parent.mkdir(parents=True, exist_ok=True)
+        (job.folder.path / job.product).write_text("")
+        job.folder.set_status("done")
+    reported: list[Path] = []
+    monkeypatch.setattr(run_sweep, "_report", reported.append)
+    assert run_sweep.main(["run", "quickstart", "--root", str(tmp_path)]) == 0
+    assert "everything is done already" in capsys.readouterr().out
+    assert reported == [made.folders.sweep]
+    assert not list(tmp_path.rglob("log.txt")), "nothing was started"
