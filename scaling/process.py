@@ -141,8 +141,11 @@ class JobProcess:
             if not self._peer_failed():
                 try:
                     self.folder.set_status("failed", error=text, **self._facts)
-                except OSError as problem:  # a full disk: the error itself still reaches stderr
-                    print(f"{self.folder.path}: could not record the failure ({problem})", file=sys.stderr)
+                except OSError as problem:
+                    if not disk_full(problem):  # of a full disk the one line on stderr tells already
+                        print(
+                            f"{self.folder.path}: could not record the failure ({problem})", file=sys.stderr
+                        )
 
     def _peer_failed(self) -> bool:
         """Whether another process of this job has failed: its error is the cause, ours a consequence."""

@@ -203,7 +203,7 @@ def test_a_sweep_that_is_done_trains_nothing_and_writes_the_report_again(
         (job.folder.path / job.product).write_text("")
         job.folder.set_status("done")
     reported: list[Path] = []
-    monkeypatch.setattr(run_sweep, "_report", reported.append)
+    monkeypatch.setattr(run_sweep, "_report", lambda sweep, show: reported.append(sweep))
     assert run_sweep.main(["run", "quickstart", "--root", str(tmp_path)]) == 0
     assert "everything is done already" in capsys.readouterr().out
     assert reported == [made.folders.sweep]

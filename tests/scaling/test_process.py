@@ -156,8 +156,8 @@ def test_the_heartbeat_goes_on_while_the_job_is_silent(
         assert folder.status()["heartbeat"] > first
 
 
-def test_a_heartbeat_that_cannot_be_written_reaches_the_job(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_full_disk_reaches_the_job_through_its_heartbeat_and_is_told_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(process, "BEAT_SECONDS", 0.01)
     folder = RunFolder(tmp_path)
@@ -175,6 +175,9 @@ def test_a_heartbeat_that_cannot_be_written_reaches_the_job(
                 time.sleep(0.01)
 
     assert run_job(main) == 2
+    told = capfd.readouterr().err
+    assert "the disk is full (status.json)" in told
+    assert told.count("\n") == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

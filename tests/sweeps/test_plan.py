@@ -171,7 +171,7 @@ def test_without_a_measurement_no_time_is_told(tmp_path: Path) -> None:
 def test_times_come_from_the_nearest_depth_measured_on_the_same_device(tmp_path: Path) -> None:
     first = planned(tmp_path)
     threads = first.allotment.threads
-    near = calibration.RunSpeed("a laptop", threads, 1, "bf16", 4, 30, 1e11, 7.0)
+    near = calibration.RunSpeed("a laptop", threads, 1, "fp32", 4, 30, 1e11, 7.0)
     for speed in (
         near,
         dataclasses.replace(near, depth=1, flops_per_second=1e9, other_seconds=3.0),

@@ -1,0 +1,294 @@
+"""Stage 1's moving parts and one optimiser step: tokenizer, discriminator, codebook care.
+
+Design choices
+- Gradients of all micro-batches are added up and then averaged over the processes in one flat tensor:
+  the step is that of the whole global batch, however it is divided.
+- λ, the adaptive weight of the adversarial term, is of the whole global batch too; it can only be known
+  after every micro-batch was seen, so step s uses the λ measured in step s − 1.
+- Codes are counted over all processes in every step, so revival and logs are the same everywhere.
+- Everything that the next step depends on is in ``tensors`` and ``state``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+from torch import Tensor, nn
+
+from scaling.checkpoint import Checkpoint, Tensors, optimizer_tensors, restore_optimizer
+from scaling.config import ConfigError, TokenizerRunConfig
+from scaling.tokenizer.codebook import forget_moments, hits, perplexity, revive, seeded_codebook, usage
+from scaling.tokenizer.discriminator import PatchDiscriminator
+from scaling.tokenizer.losses import adaptive_weight, hinge_discriminator, hinge_generator, learning_rate
+from scaling.tokenizer.lpips import load_lpips
+from scaling.tokenizer.vqvae import Tokenizer
+
+TERMS = ("loss", "pixel_l1", "pixel_l2", "vq", "perceptual", "adversarial", "discriminator")
+AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Stage1:
+    """Everything that stage 1 trains, on the accelerator's device.
+
+    Args:
+        config: the run.
+        accelerator: device and processes.
+
+    Raises:
+        ConfigError: LPIPS weights that cannot be read, images too small for the discriminator.
+    """
+
+    def __init__(self, config: TokenizerRunConfig, accelerator: Accelerator) -> None:
+        train = config.train
+        self.config, self.accelerator, self.device = config, accelerator, accelerator.device
+        self.perceptual: nn.Module | None = None
+        if train.lpips_weights is not None and train.perceptual > 0:
+            self.perceptual = load_lpips(train.lpips_weights).to(self.device)
+        # The same initial weights on every process and whatever was drawn before.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(train.seed)
+            self.tokenizer = Tokenizer(config.tokenizer).to(self.device)
+            self.discriminator: PatchDiscriminator | None = None
+            if train.adversarial.weight > 0:
+                judge = PatchDiscriminator(train.adversarial, config.data.resolution)
+                self.discriminator = judge.to(self.device)
+        self.optimizer = self._adam(self.tokenizer, train.lr, train.weight_decay)
+        self.judge_optimizer = (
+            self._adam(self.discriminator, train.adversarial.lr, 0.0) if self.discriminator else None
+        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=train.precision == "fp16")
+        shape = (len(config.tokenizer.scales), config.tokenizer.vocab)
+        self.hits_logged_KV = torch.zeros(shape, dtype=torch.int64, device=self.device)
+        self.hits_revival_KV = torch.zeros_like(self.hits_logged_KV)
+        self.sums = torch.zeros(len(TERMS), device=self.device)
+        self.summed = 0
+        self.weight = torch.zeros((), device=self.device)
+        self.revived = 0
+
+    def _adam(self, module: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
+        betas = self.config.train.betas
+        return torch.optim.AdamW(
+            module.parameters(), lr=lr, betas=betas, weight_decay=weight_decay, fused=True
+        )
+
+    # -- one step ----------------------------------------------------------------------------
+
+    def step(self, step: int, images_B3HW: Tensor, micro_batch: int | None) -> None:
+        """One optimiser step on this process's share of the global batch.
+
+        Args:
+            step: counted from 0.
+            images_B3HW: in [−1, 1].
+            micro_batch: images per forward pass; None for all.
+        """
+        train, adversarial = self.config.train, self.config.train.adversarial
+        judged = self.discriminator is not None and step >= adversarial.start
+        # λ of the first judged step is measured in the step before it.
+        measured = self.discriminator is not None and step >= adversarial.start - 1
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(train, step)
+        self.optimizer.zero_grad()
+        if self.judge_optimizer is not None:
+            self.judge_optimizer.zero_grad()
+        last_layer = self.tokenizer.decoder.conv_out.weight
+        norms = torch.zeros(2, *last_layer.shape, device=self.device)
+        sums, hits_KV = torch.zeros_like(self.sums), torch.zeros_like(self.hits_logged_KV)
+        residuals: list[list[Tensor]] = []
+        for part_B3HW in images_B3HW.split(micro_batch or len(images_B3HW)):
+            share = len(part_B3HW) / len(images_B3HW)
+            with self._autocast():
+                reconstruction_B3HW, quantized = self.tokenizer(part_B3HW)
+                reconstruction_B3HW = reconstruction_B3HW.float()
+                terms = self._reconstruction_terms(part_B3HW, reconstruction_B3HW)
+                rebuilt = (
+                    train.pixel_l1 * terms["pixel_l1"]
+                    + train.pixel_l2 * terms["pixel_l2"]
+                    + train.perceptual * terms["perceptual"]
+                )
+                loss = rebuilt + train.codebook * quantized.loss
+                if measured:
+                    generator = self._judge_frozen(reconstruction_B3HW)
+                    for row, term in enumerate((rebuilt, generator)):
+                        (gradient,) = torch.autograd.grad(term, last_layer, retain_graph=True)
+                        norms[row] += share * gradient.float()
+                    terms["adversarial"] = generator.detach()
+                    if judged:
+                        loss = loss + adversarial.weight * self.weight * generator
+            self.scaler.scale(loss * share).backward()
+            if judged:
+                terms["discriminator"] = self._judge_backward(part_B3HW, reconstruction_B3HW.detach(), share)
+            terms |= {"loss": loss.detach(), "vq": quantized.loss.detach()}
+            sums += share * torch.stack([terms.get(t, sums.new_zeros(())).detach() for t in TERMS])
+            hits_KV += hits(quantized.tokens, self.config.tokenizer.scales, self.config.tokenizer.vocab)
+            residuals.append(list(quantized.residuals))
+        self._average([*self._gradients(), norms, sums])
+        hits_KV = self._over_processes(hits_KV, "sum")
+        if measured:
+            self.weight = adaptive_weight(norms[0], norms[1])
+        self._update(self.optimizer, self.tokenizer)
+        if judged and self.judge_optimizer is not None and self.discriminator is not None:
+            self._update(self.judge_optimizer, self.discriminator)
+        self.scaler.update()
+        self.sums += sums
+        self.summed += 1
+        self.hits_logged_KV += hits_KV
+        self.hits_revival_KV += hits_KV
+        if train.revive_every and (step + 1) % train.revive_every == 0:
+            self._revive(step, residuals)
+
+    def _reconstruction_terms(self, images_B3HW: Tensor, reconstruction_B3HW: Tensor) -> dict[str, Tensor]:
+        difference_B3HW = reconstruction_B3HW - images_B3HW
+        terms = {"pixel_l1": difference_B3HW.abs().mean(), "pixel_l2": difference_B3HW.square().mean()}
+        terms["perceptual"] = (
+            self.perceptual(images_B3HW, reconstruction_B3HW)
+            if self.perceptual is not None
+            else torch.zeros((), device=self.device)
+        )
+        return terms
+
+    def _judge_frozen(self, reconstruction_B3HW: Tensor) -> Tensor:
+        """The generator's term; no gradient reaches the discriminator's weights."""
+        assert self.discriminator is not None
+        self.discriminator.requires_grad_(False)
+        term = hinge_generator(self.discriminator(reconstruction_B3HW).float())
+        self.discriminator.requires_grad_(True)
+        return term
+
+    def _judge_backward(self, images_B3HW: Tensor, reconstruction_B3HW: Tensor, share: float) -> Tensor:
+        assert self.discriminator is not None
+        with self._autocast():
+            logits = self.discriminator(torch.cat([images_B3HW, reconstruction_B3HW])).float()
+            real, fake = logits.chunk(2)
+            loss = hinge_discriminator(real, fake)
+        self.scaler.scale(loss * share).backward()
+        return loss.detach()
+
+    def _autocast(self) -> torch.autocast:
+        dtype = AUTOCAST[self.config.train.precision]
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
+
+    def _update(self, optimizer: torch.optim.Optimizer, module: nn.Module) -> None:
+        self.scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(module.parameters(), self.config.train.clip)
+        self.scaler.step(optimizer)
+
+    # -- over processes ------------------------------------------------------------------------
+
+    def _gradients(self) -> list[Tensor]:
+        modules = [m for m in (self.tokenizer, self.discriminator) if m is not None]
+        return [p.grad for module in modules for p in module.parameters() if p.grad is not None]
+
+    def _average(self, tensors: list[Tensor]) -> None:
+        """The mean over processes, in place, in one exchange."""
+        if self.accelerator.num_processes == 1:
+            return
+        flat = self._over_processes(torch.cat([t.reshape(-1) for t in tensors]), "mean")
+        for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+    def _over_processes(self, tensor: Tensor, reduction: str) -> Tensor:
+        reduced: Tensor = self.accelerator.reduce(tensor, reduction)
+        return reduced
+
+    def _gathered(self, residuals: Iterable[list[Tensor]]) -> list[Tensor]:
+        """Per scale, the vectors of all micro-batches and processes, in the global batch's order."""
+        scales = [torch.cat(parts) for parts in zip(*residuals, strict=True)]
+        return [self.accelerator.gather(vectors_NC) for vectors_NC in scales]
+
+    # -- the codebook ----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def seed_codebook(self, batches: Iterable[Tensor]) -> None:
+        """Fit the codebook to images: batches (B, 3, H, W) in [−1, 1], this process's share of each."""
+        features = [self.accelerator.gather(self.tokenizer.encode_features(b)) for b in batches]
+        book_VC = seeded_codebook(self.tokenizer.quantize, torch.cat(features), self.config.train.seed)
+        # Sums over vectors may round differently on another GPU.
+        self.tokenizer.quantize.embedding.weight.copy_(broadcast(book_VC))
+
+    @torch.no_grad()
+    def _revive(self, step: int, residuals: list[list[Tensor]]) -> None:
+        train, codebook = self.config.train, self.tokenizer.quantize.embedding.weight
+        if step + 1 <= train.revive_until * train.steps:
+            unused_V = self.hits_revival_KV.sum(0) == 0
+            rows = revive(codebook, unused_V, self._gathered(residuals), train.seed, step)
+            forget_moments(self.optimizer, codebook, rows)
+            self.revived += len(rows)
+        self.hits_revival_KV.zero_()
+
+    # -- logs ------------------------------------------------------------------------------------
+
+    def logged(self, step: int) -> dict[str, Any]:
+        """Means of the terms, and usage and perplexity per scale, since the last call.
+
+        Raises:
+            ConfigError: the loss is not finite any more.
+        """
+        means = dict(zip(TERMS, (self.sums / self.summed).tolist(), strict=True))
+        if not torch.isfinite(self.sums).all():
+            raise ConfigError(
+                f"the tokenizer's loss is not finite at step {step} (loss {means['loss']}); "
+                "lower tokenizer_train.lr or use tokenizer_train.precision fp32"
+            )
+        record: dict[str, Any] = dict(means)
+        if self.perceptual is None:
+            record["perceptual"] = None
+        if self.discriminator is None:
+            record["adversarial"] = record["discriminator"] = None
+        else:
+            record["adversarial_weight"] = float(self.weight)
+        record |= {
+            "lr": learning_rate(self.config.train, step - 1),
+            "usage_scales": usage(self.hits_logged_KV),
+            "perplexity_scales": perplexity(self.hits_logged_KV),
+            "codes_revived": self.revived,
+        }
+        self.sums.zero_()
+        self.hits_logged_KV.zero_()
+        self.summed = self.revived = 0
+        return record
+
+    # -- checkpoints -------------------------------------------------------------------------------
+
+    def tensors(self) -> Tensors:
+        """Groups of tensors that ``restore`` needs."""
+        found = {
+            "tokenizer": self.tokenizer.state_dict(),
+            "optimizer": optimizer_tensors(self.optimizer, dict(self.tokenizer.named_parameters())),
+            "counters": {
+                "hits_logged": self.hits_logged_KV,
+                "hits_revival": self.hits_revival_KV,
+                "sums": self.sums,
+                "weight": self.weight,
+            },
+        }
+        if self.discriminator is not None and self.judge_optimizer is not None:
+            names = dict(self.discriminator.named_parameters())
+            found["discriminator"] = self.discriminator.state_dict()
+            found["discriminator_optimizer"] = optimizer_tensors(self.judge_optimizer, names)
+        return found
+
+    def state(self) -> dict[str, Any]:
+        """The rest of what ``restore`` needs, as JSON values."""
+        return {"summed": self.summed, "revived": self.revived, "scaler": self.scaler.state_dict()}
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint of this run as if nothing had happened."""
+        tensors = checkpoint.tensors
+        self.tokenizer.load_state_dict(tensors["tokenizer"])
+        restore_optimizer(self.optimizer, dict(self.tokenizer.named_parameters()), tensors["optimizer"])
+        if self.discriminator is not None and self.judge_optimizer is not None:
+            self.discriminator.load_state_dict(tensors["discriminator"])
+            names = dict(self.discriminator.named_parameters())
+            restore_optimizer(self.judge_optimizer, names, tensors["discriminator_optimizer"])
+        counters = tensors["counters"]
+        self.hits_logged_KV.copy_(counters["hits_logged"])
+        self.hits_revival_KV.copy_(counters["hits_revival"])
+        self.sums.copy_(counters["sums"])
+        self.weight.copy_(counters["weight"])
+        self.summed, self.revived = checkpoint.state["summed"], checkpoint.state["revived"]
+        if checkpoint.state["scaler"]:
+            self.scaler.load_state_dict(checkpoint.state["scaler"])

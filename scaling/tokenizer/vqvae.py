@@ -1,0 +1,157 @@
+"""The tokenizer: images to tokens of all scales and back, and its folder on disk.
+
+Design choices
+- State-dict keys are those of the published checkpoint (without ``ema_vocab_hit_SV``, a statistic
+  of its training).
+- The content hash is of the configuration and every weight's bytes, so a token cache can say
+  exactly which tokenizer made it. It is computed, never stored on the object, and checked on load.
+
+    <folder>/weights.safetensors    the weights
+    <folder>/tokenizer.json         format, config, content_hash, facts; written last
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from scaling.config import ConfigError, TokenizerConfig, from_dict, to_dict
+from scaling.records import RecordsError, read_json, write_json
+from scaling.tokenizer.networks import Decoder, Encoder
+from scaling.tokenizer.quantizer import MultiScaleQuantizer, Quantized
+
+FORMAT = "varscale-tokenizer-1"
+
+
+class Tokenizer(nn.Module):
+    """A multi-scale VQVAE. Images are (B, 3, H, W) in [−1, 1]; tokens (B, L) run coarse to fine.
+
+    Args:
+        config: its shape; ``config.scales`` must end at the latent's side, H / config.downsampling.
+    """
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quantize = MultiScaleQuantizer(config)
+        self.quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 3, padding=1)
+        self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 3, padding=1)
+
+    @property
+    def resolution(self) -> int:
+        """Side of the images in pixels."""
+        return self.config.scales[-1] * self.config.downsampling
+
+    @property
+    def content_hash(self) -> str:
+        """SHA-256 (hex) of the configuration and the weights as they are now."""
+        digest = hashlib.sha256(json.dumps(to_dict(self.config), sort_keys=True).encode())
+        for name, value in sorted(self.state_dict().items()):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def encode_features(self, images_B3HW: Tensor) -> Tensor:
+        """Features (B, C, H/f, W/f) before quantisation."""
+        features_BCHW: Tensor = self.quant_conv(self.encoder(images_B3HW))
+        return features_BCHW
+
+    @torch.no_grad()
+    def encode(self, images_B3HW: Tensor) -> Tensor:
+        """Tokens (B, L) int64 of images.
+
+        Raises:
+            ConfigError: the images do not have the tokenizer's resolution.
+        """
+        self._check(images_B3HW)
+        return self.quantize.encode(self.encode_features(images_B3HW))
+
+    @torch.no_grad()
+    def decode(self, tokens_BL: Tensor) -> Tensor:
+        """Images (B, 3, H, W), clamped to [−1, 1], of tokens."""
+        return self.decode_features(self.quantize.features(tokens_BL)).clamp(-1, 1)
+
+    def decode_features(self, f_hat_BCHW: Tensor) -> Tensor:
+        """Images (B, 3, H, W), not clamped, of quantised features."""
+        images_B3HW: Tensor = self.decoder(self.post_quant_conv(f_hat_BCHW))
+        return images_B3HW
+
+    def forward(self, images_B3HW: Tensor) -> tuple[Tensor, Quantized]:
+        """Reconstructions (B, 3, H, W), not clamped, and the quantiser's result, with gradients."""
+        self._check(images_B3HW)
+        quantized = self.quantize(self.encode_features(images_B3HW))
+        return self.decode_features(quantized.features), quantized
+
+    def _check(self, images_B3HW: Tensor) -> None:
+        side = self.resolution
+        if images_B3HW.shape[1:] != (3, side, side):
+            raise ConfigError(
+                f"tokenizer of scales {list(self.config.scales)} and downsampling {self.config.downsampling} "
+                f"takes images of shape (3, {side}, {side}), got {tuple(images_B3HW.shape[1:])}"
+            )
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: str | Path, facts: dict[str, Any]) -> str:
+    """Write the tokenizer's folder; ``facts`` (JSON values) say how it was made. Returns the content hash.
+
+    A kill at any instant leaves the old folder's files or the new; mixed ones are told by the hash.
+    """
+    root = Path(folder)
+    root.mkdir(parents=True, exist_ok=True)
+    weights = {name: value.detach().cpu().contiguous() for name, value in tokenizer.state_dict().items()}
+    partial = root / ".weights.partial"
+    save_file(weights, partial)
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    partial.replace(root / "weights.safetensors")
+    content_hash = tokenizer.content_hash
+    write_json(
+        root / "tokenizer.json",
+        {"format": FORMAT, "config": to_dict(tokenizer.config), "content_hash": content_hash, "facts": facts},
+    )
+    return content_hash
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """The tokenizer of a folder, in evaluation mode and without gradients.
+
+    Raises:
+        RecordsError: a file is missing, damaged, of another format, or not the other's partner.
+    """
+    root = Path(folder)
+    description, file = read_json(root / "tokenizer.json"), root / "weights.safetensors"
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
+        raise RecordsError(f"{root / 'tokenizer.json'}: expected a tokenizer of format {FORMAT!r}")
+    try:
+        tokenizer = Tokenizer(from_dict(TokenizerConfig, description.get("config")))
+    except ConfigError as error:
+        raise RecordsError(f"{root / 'tokenizer.json'}: {error}") from None
+    try:
+        tokenizer.load_state_dict(load_file(file))
+    except FileNotFoundError:
+        raise RecordsError(f"{file}: no such file") from None
+    except (SafetensorError, RuntimeError) as error:
+        raise RecordsError(f"{file}: not the weights of this tokenizer ({error})") from None
+    if tokenizer.content_hash != description.get("content_hash"):
+        raise RecordsError(
+            f"{root}: tokenizer.json and weights.safetensors do not belong together (content hash)"
+        )
+    return tokenizer.eval().requires_grad_(False)
+
+
+def facts_of(folder: str | Path) -> dict[str, Any]:
+    """The facts that ``save_tokenizer`` stored: steps, PSNR, SSIM, usage per scale, the data's identity."""
+    facts = read_json(Path(folder) / "tokenizer.json").get("facts")
+    if not isinstance(facts, dict):
+        raise RecordsError(f"{Path(folder) / 'tokenizer.json'}: no facts in it")
+    return facts
