@@ -1,0 +1,442 @@
+"""Power laws ``L = (βX)^α`` and ``L = L∞ + (βX)^α`` (VAR eqs. 9–16; α is negative for a loss that falls).
+
+- Without an offset, or with a fixed one (the paper's 4.5 and 5.0 nats), the law is a straight
+  line of ``log(L − L∞)`` over ``log X``: least squares there, as the paper does, or Huber's loss, summed.
+- With a free offset the residual is ``log L̂ − log L``, never ``log(L − L∞)``, whose scatter
+  shrinks by itself as L∞ falls and so pulls L∞ down. Variable projection: the line is solved
+  for at 120 values of L∞ in [0, min L), the best of them and spread-out others start a
+  damped Newton in all three parameters, and the ends must agree.
+- A fit that did not converge, or rests at a bound of L∞, says so in ``status``; it is not drawn.
+- Intervals: ``analysis.intervals`` says which method is used when, and why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from analysis.bootstrap import group_codes, group_weights
+from analysis.errors import DataError, Floats, positive, rows
+from analysis.intervals import Interval, ProfileInterval, ReplicateInterval, cluster_line, student_line
+from analysis.solver import LossFn, Model, Solution, minimise
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+OffsetKind = Literal["none", "fixed", "free"]
+CEILING = 1 - 1e-6
+"""L∞ stays below this share of the smallest loss."""
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """L at ``x`` with its interval."""
+
+    x: Floats
+    value: Floats
+    low: Floats
+    high: Floats
+    level: float
+    observation: bool
+    """False: the interval of the law itself. True: of one new run, its noise included."""
+
+
+@dataclass(frozen=True, eq=False)
+class PowerLaw:
+    """A fitted law. Frozen; every number in it belongs to the data it holds."""
+
+    x: Floats
+    y: Floats
+    weights: Floats
+    """Scaled to mean 1."""
+    groups: int
+    """Independent units: runs, or points where no groups were given."""
+    kind: OffsetKind
+    params: Mapping[str, float]
+    """alpha, beta (in 1/unit of X) and, unless ``kind`` is none, offset (in L's unit)."""
+    log_beta: float
+    """β may lie beyond the range of floats when α is small; its natural log does not."""
+    pearson: float
+    """Correlation of log X with log(L − offset)."""
+    objective: float
+    """Σ w ρ(r) of the log residuals; ρ = r²/2 or Huber's."""
+    residuals: Floats
+    """log L̂ − log L (of L − offset when the offset is fixed)."""
+    converged: bool
+    status: str
+    loss_fn: LossFn
+    delta: float
+    uncertainty: Interval | None
+    replicates: Floats | None
+    """(R, 3) bootstrap draws of alpha, log_beta, offset; None without ``bootstrap``."""
+    redrawn: int
+    """Resamples that could not carry the form and were drawn again."""
+
+    @property
+    def alpha(self) -> float:
+        """The exponent."""
+        return self.params["alpha"]
+
+    @property
+    def offset(self) -> float:
+        """L∞; 0 without an offset."""
+        return self.params.get("offset", 0.0)
+
+    @property
+    def interval_method(self) -> str:
+        """How ``interval`` and ``predict`` get their bounds."""
+        return self._uncertain().method
+
+    def interval(self, level: float = 0.95) -> dict[str, tuple[float, float]]:
+        """Intervals of the fitted parameters, by name.
+
+        Raises:
+            DataError: Huber's loss, or several points per run with a free offset, fitted
+                without ``bootstrap``.
+        """
+        found = self._uncertain().params(_level(level))
+        low, high = found.pop("log_beta")
+        with np.errstate(over="ignore"):
+            found["beta"] = (float(np.exp(low)), float(np.exp(high)))
+        return found
+
+    def value(self, x: ArrayLike) -> Floats:
+        """L at ``x``."""
+        logs = np.log(np.asarray(x, dtype=np.float64)) + self.log_beta
+        return np.asarray(self.offset + np.exp(self.alpha * logs))
+
+    def predict(self, x: ArrayLike, level: float = 0.95, observation: bool = False) -> Prediction:
+        """L at ``x`` with an interval: of the law, or of one new run with ``observation``.
+
+        Raises:
+            DataError: as ``interval``.
+        """
+        at = np.atleast_1d(positive(np.atleast_1d(x), "x"))
+        z = np.log(at) - self._centre
+        low, high = self._uncertain().predict(z, _level(level), observation)
+        return Prediction(at, self.value(at), low, high, level, observation)
+
+    @property
+    def equation(self) -> str:
+        """The law with its numbers."""
+        head = f"{self.offset:.4g} + " if self.kind != "none" else ""
+        return f"L = {head}({_scientific(self.log_beta)}·X)^{self.alpha:.4g}"
+
+    def rows(self, level: float = 0.95) -> list[tuple[str, float, float, float]]:
+        """(name, value, low, high) of every parameter; NaN bounds where there is no interval."""
+        try:
+            bounds = self.interval(level)
+        except DataError:
+            bounds = {}
+        nothing = (float("nan"), float("nan"))
+        return [(name, value, *bounds.get(name, nothing)) for name, value in self.params.items()]
+
+    def summary(self, level: float = 0.95) -> str:
+        """The fit as text."""
+        method = self.uncertainty.method if self.uncertainty else "none (fit with bootstrap=…)"
+        lines = [
+            self.equation,
+            f"points {len(self.x)}, independent {self.groups}, loss {self.loss_fn}, r {self.pearson:.5f}",
+            f"objective {self.objective:.6e}, status: {self.status}",
+            f"{level:.0%} intervals: {method}",
+        ]
+        lines += [
+            f"  {name:8s}{value:12.5g}  [{low:.5g}, {high:.5g}]"
+            for name, value, low, high in self.rows(level)
+        ]
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        import pandas as pd
+
+        table = pd.DataFrame(self.rows(), columns=["parameter", "value", "low", "high"])
+        return f"{table.to_html(index=False)}<p>r = {self.pearson:.4f}; {self.status}</p>"
+
+    def plot(self, ax: Axes, **options: Any) -> None:
+        """Points, curve and band; of a fit that did not converge the points alone, and its status."""
+        from analysis.plots import draw_law
+
+        draw_law(ax, self, **options)
+
+    @cached_property
+    def _centre(self) -> float:
+        return _centre(np.log(self.x), self.weights)
+
+    def _uncertain(self) -> Interval:
+        if self.uncertainty is None:
+            raise DataError("this law has no interval: " + _why_none(self))
+        return self.uncertainty
+
+
+def fit_power_law(
+    x: ArrayLike,
+    y: ArrayLike,
+    offset: bool | float = False,
+    weights: ArrayLike | None = None,
+    groups: ArrayLike | None = None,
+    bootstrap: int = 0,
+    seed: int = 0,
+    loss_fn: LossFn = "squared",
+    delta: float = 1e-3,
+) -> PowerLaw:
+    """Fit ``L = (βX)^α`` or ``L = L∞ + (βX)^α`` (VAR eqs. 9–16).
+
+    Args:
+        x: the scale X: parameters, FLOPs, tokens; positive.
+        y: loss or error rate L; positive.
+        offset: False for none, True for a free L∞ in [0, min L), a number for a fixed one.
+        weights: of the points, e.g. 1/se²; scaled to mean 1.
+        groups: the run (or seed) of each point; points of one group are not independent.
+        bootstrap: replicates over groups. Needed for intervals with Huber's loss and with a
+            free offset over several points per run; elsewhere kept beside better intervals.
+        seed: of the bootstrap.
+        loss_fn: squared, or huber (summed over points) for data with outliers.
+        delta: Huber's δ in units of log L.
+
+    Raises:
+        DataError: NaN or non-positive values (rows named), too few points or distinct x for
+            the form, points at or below a fixed offset.
+    """
+    x_n, y_n = positive(x, "x"), positive(y, "y")
+    if len(x_n) != len(y_n):
+        raise DataError(f"x has {len(x_n)} rows, y has {len(y_n)}")
+    n = len(x_n)
+    codes = group_codes(groups, n)
+    G = int(codes.max(initial=-1)) + 1
+    kind: OffsetKind = "free" if offset is True else "none" if offset is False else "fixed"
+    fixed = float(offset) if kind == "fixed" else 0.0
+    _enough(x_n, n, G, kind)
+    w = np.ones(n) if weights is None else positive(weights, "weights")
+    if len(w) != n:
+        raise DataError(f"weights: expected {n}, got {len(w)}")
+    w = w / w.mean()
+    if not fixed >= 0:
+        raise DataError(f"offset must not be negative, got {fixed}")
+    if (y_n <= fixed).any():
+        raise DataError(f"y: {rows(y_n <= fixed)} at or below the fixed offset {fixed:g}")
+    log_x = np.log(x_n)
+    centre = _centre(log_x, w)
+    z, log_y = log_x - centre, np.log(y_n - fixed)
+    if kind == "free":
+        theta, objective, converged, status = _fit_offset(z, y_n, w, loss_fn, delta)
+    else:
+        solution = _fit_line(z, log_y, w[None], loss_fn, delta)
+        theta = np.append(solution.theta[0], fixed)
+        objective, converged = float(solution.objective[0]), bool(solution.converged[0])
+        status = "converged" if converged else "not converged: the gradient does not vanish"
+    a, alpha, L_inf = (float(v) for v in theta)
+    if alpha == 0:
+        raise DataError("y does not change with x at all: no exponent to fit")
+    log_beta = a / alpha - centre
+    if kind == "free":
+        residuals = np.log(L_inf + np.exp(a + alpha * z)) - log_y
+    else:
+        residuals = a + alpha * z - log_y
+
+    replicates = None
+    redrawn = 0
+    if bootstrap:
+        draws, redrawn = group_weights(codes, bootstrap, seed, x_n, 3 if kind == "free" else 2)
+        if kind == "free":
+            found = _polish(z, y_n, draws * w, np.tile(theta, (bootstrap, 1)), loss_fn, delta).theta
+        else:
+            line = _fit_line(z, log_y, draws * w, loss_fn, delta).theta
+            found = np.column_stack([line, np.full(bootstrap, fixed)])
+        replicates = found
+
+    uncertainty: Interval | None = None
+    if loss_fn == "squared" and kind != "free":
+        if n == G:
+            uncertainty = student_line(a, alpha, fixed, centre, z, residuals, w)
+        else:
+            uncertainty = cluster_line(a, alpha, fixed, centre, z, residuals, w, codes)
+    elif loss_fn == "squared" and n == G:
+        uncertainty = _profile(z, y_n, w, L_inf, 2 * objective, centre)
+    elif replicates is not None and _fitted(kind) < G:
+        uncertainty = ReplicateInterval(replicates, residuals, G, kind == "free", centre, seed)
+
+    with np.errstate(over="ignore"):
+        params = {"alpha": alpha, "beta": float(np.exp(log_beta))}
+    if kind != "none":
+        params["offset"] = L_inf
+    if replicates is not None:
+        r_a, r_alpha, r_offset = replicates.T
+        replicates = np.column_stack([r_alpha, r_a / r_alpha - centre, r_offset])
+    return PowerLaw(
+        x_n, y_n, w, G, kind, params, log_beta, _pearson(log_x, np.log(y_n - L_inf), w), objective,
+        residuals, converged, status, loss_fn, delta, uncertainty, replicates, redrawn,
+    )  # fmt: skip
+
+
+def _enough(x: Floats, n: int, groups: int, kind: OffsetKind) -> None:
+    """Three points (four with a free offset), over two (three) distinct x, in two groups or more."""
+    points, distinct = (4, 3) if kind == "free" else (3, 2)
+    form = "L = L∞ + (βX)^α" if kind == "free" else "L = (βX)^α"
+    if n < points:
+        raise DataError(f"{form} needs at least {points} points, got {n}")
+    if (have := len(np.unique(x))) < distinct:
+        raise DataError(f"{form} needs at least {distinct} distinct x, got {have}")
+    if groups < 3:
+        raise DataError(f"{form} needs at least 3 independent groups (runs), got {groups}")
+
+
+def _fitted(kind: OffsetKind) -> int:
+    """How many parameters the form has."""
+    return 3 if kind == "free" else 2
+
+
+def _centre(log_x: Floats, w: Floats) -> float:
+    return float((w * log_x).sum() / w.sum())
+
+
+def _pearson(u: Floats, v: Floats, w: Floats) -> float:
+    u, v = u - _centre(u, w), v - _centre(v, w)
+    scale = np.sqrt((w * u * u).sum() * (w * v * v).sum())
+    return float((w * u * v).sum() / scale) if scale > 0 else float("nan")
+
+
+def _least_squares_line(z: Floats, v_Bn: Floats, w_Bn: Floats) -> Floats:
+    """Weighted least squares of v on (1, z): (B, 2), in closed form."""
+    total = w_Bn.sum(1)
+    mean_z = (w_Bn * z).sum(1) / total
+    mean_v = (w_Bn * v_Bn).sum(1) / total
+    dz = z - mean_z[:, None]
+    alpha = (w_Bn * dz * (v_Bn - mean_v[:, None])).sum(1) / (w_Bn * dz**2).sum(1)
+    return np.column_stack([mean_v - alpha * mean_z, alpha])
+
+
+def _fit_line(z: Floats, v: Floats, w_Bn: Floats, loss_fn: LossFn, delta: float) -> Solution:
+    B = len(w_Bn)
+    X = np.stack([np.ones_like(z), z], 1)
+    start = _least_squares_line(z, np.broadcast_to(v, w_Bn.shape), w_Bn)
+    if loss_fn == "squared":
+        r = start @ X.T - v
+        no = np.zeros((B, 2), bool)
+        return Solution(start, 0.5 * (w_Bn * r**2).sum(1), np.zeros(B), no, no)
+
+    def model(theta_BP: Floats, _: np.ndarray) -> tuple[Floats, Floats]:
+        return theta_BP @ X.T - v, np.broadcast_to(X, (len(theta_BP), *X.shape))
+
+    return minimise(model, start, w_Bn, loss_fn, delta)
+
+
+def _at_offsets(z: Floats, y: Floats, w: Floats, offset_S: Floats, loss_fn: LossFn, delta: float) -> Solution:
+    """The line (a, α) at each given L∞, minimising the loss of log L."""
+    log_y = np.log(y)
+    w_Sn = np.broadcast_to(w, (len(offset_S), len(z)))
+    gap = y - offset_S[:, None]
+    # Weights gap²/y² make this start the first Newton step on log L.
+    start = _least_squares_line(z, np.log(gap), w_Sn * (gap / y) ** 2)
+
+    def model(theta_BP: Floats, which: np.ndarray) -> tuple[Floats, Floats]:
+        rising = np.exp(np.clip(theta_BP[:, :1] + theta_BP[:, 1:2] * z, -500, 500))
+        L = offset_S[which, None] + rising
+        share = rising / L
+        return np.log(L) - log_y, np.stack([share, share * z], 2)
+
+    return minimise(model, start, w_Sn, loss_fn, delta)
+
+
+def _offset_model(z: Floats, log_y: Floats, ceiling: float) -> Model:
+    """Residuals and Jacobian of the offset form in ``(c, g, v)``, in which its valley is straight.
+
+    c is log L and g is d log L/dz, both at z = 0, which the data pin down on their own; v =
+    log(1 − L∞/ceiling) is the curvature alone (expected-value parameters: Ross 1990, "Nonlinear
+    estimation"). In (a, α, L∞) the same descent crawls along a bent valley and stops short.
+    """
+
+    def model(theta: Floats, _: np.ndarray) -> tuple[Floats, Floats]:
+        level, g, v = np.exp(theta[:, :1]), theta[:, 1:2], theta[:, 2:]
+        E = -ceiling * np.expm1(v)
+        R = np.maximum(level - E, 1e-12 * level)
+        h = np.exp(np.clip(g * level / R * z, -300, 300))
+        L = E + R * h
+        d_c = level * h - h * z * g * level * E / R
+        d_E = 1 - h + h * z * g * level / R
+        J = np.stack([d_c, level * h * z, d_E * (E - ceiling)], 2)
+        return np.log(L) - log_y, J / L[:, :, None]
+
+    return model
+
+
+def _polish(z: Floats, y: Floats, w_Bn: Floats, theta_BP: Floats, loss_fn: LossFn, delta: float) -> Solution:
+    """All of (a, α, L∞) from the given starts, L∞ in [0, ceiling]."""
+    ceiling = float(y.min()) * CEILING
+    a, alpha, E = theta_BP.T
+    level = E + np.exp(a)
+    start = np.column_stack([np.log(level), alpha * (1 - E / level), np.log1p(-E / ceiling)])
+    lower, upper = np.array([-np.inf, -np.inf, np.log(1e-6)]), np.array([np.inf, np.inf, 0.0])
+    model = _offset_model(z, np.log(y), ceiling)
+    end = minimise(model, np.clip(start, lower, upper), w_Bn, loss_fn, delta, lower, upper)
+    c, g, v = end.theta.T
+    level, E = np.exp(c), -ceiling * np.expm1(v)
+    theta = np.column_stack([np.log(level - E), g * level / (level - E), E])
+    return Solution(theta, end.objective, end.decrement, end.at_upper, end.at_lower)
+
+
+def _fit_offset(
+    z: Floats, y: Floats, w: Floats, loss_fn: LossFn, delta: float
+) -> tuple[Floats, float, bool, str]:
+    """Variable projection over L∞, then Newton from eight starts; θ, objective, converged, status."""
+    ceiling = y.min() * CEILING
+    grid = np.append(ceiling - np.geomspace(1e-4, 1.0, 119) * ceiling, 0.0)
+    line = _at_offsets(z, y, w, grid, loss_fn, delta)
+    order = np.argsort(line.objective, kind="stable")
+    # Spread starts from 1 % below the smallest loss to 0; nearer to it the descent only crawls.
+    chosen = np.unique(np.concatenate([order[:2], np.linspace(len(grid) // 2, len(grid) - 1, 6).astype(int)]))
+    starts = np.column_stack([line.theta[chosen], grid[chosen]])
+    end = _polish(z, y, np.broadcast_to(w, (len(chosen), len(z))), starts, loss_fn, delta)
+    best = int(np.argmin(end.objective))
+    objective = float(end.objective[best])
+    agree = int((end.objective <= objective * (1 + 1e-6) + 1e-20).sum())
+    theta = end.theta[best]
+    if not end.converged[best]:
+        return theta, objective, False, "not converged: the gradient does not vanish at the best point found"
+    if end.at_lower[best, 2]:
+        return theta, objective, False, "no offset found: the best L∞ rests at its lower bound 0"
+    if end.at_upper[best, 2]:
+        return theta, objective, False, "no offset found: L∞ runs into the smallest loss"
+    if agree < 2:
+        return (
+            theta,
+            objective,
+            False,
+            f"not converged: only 1 of {len(chosen)} starts reached the best value",
+        )
+    return theta, objective, True, f"converged ({agree} of {len(chosen)} starts agree)"
+
+
+def _profile(z: Floats, y: Floats, w: Floats, best: float, rss: float, centre: float) -> ProfileInterval:
+    def profile(offset_S: Floats) -> tuple[Floats, Floats, Floats]:
+        line = _at_offsets(z, y, w, offset_S, "squared", 1.0)
+        share = 1 - offset_S[:, None] / (
+            offset_S[:, None] + np.exp(line.theta @ np.stack([np.ones_like(z), z]))
+        )
+        J = np.stack([share, share * z], 2)
+        information = np.einsum("n,snp,snq->spq", w, J, J)
+        return 2 * line.objective, line.theta, np.linalg.inv(information)
+
+    return ProfileInterval(profile, best, float(y.min() * CEILING), rss, len(z), centre)
+
+
+def _level(level: float) -> float:
+    if not 0 < level < 1:
+        raise DataError(f"level must lie between 0 and 1, got {level}")
+    return level
+
+
+def _why_none(law: PowerLaw) -> str:
+    if law.replicates is not None:
+        return f"{law.groups} independent runs are too few for its parameters"
+    return "fit it with bootstrap=4000 (Huber's loss, or a free offset over several points per run)"
+
+
+def _scientific(log_value: float) -> str:
+    """exp(log_value) with three digits, also beyond the range of floats."""
+    exponent = int(np.floor(log_value / np.log(10)))
+    return f"{np.exp(log_value - exponent * np.log(10)):.3g}e{exponent:+d}"

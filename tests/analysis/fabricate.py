@@ -1,0 +1,124 @@
+"""A sweep folder with known exponents, as a finished (or interrupted) sweep leaves it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from scaling.records import RunFolder, write_json
+
+SCALES = [1, 2, 3, 4]
+SEQ = sum(s * s for s in SCALES)
+ALPHA = {"loss_last": -0.020, "loss_avg": -0.025, "error_last": -0.008, "error_avg": -0.010}
+AT_MILLION = {"loss_last": 4.45, "loss_avg": 4.60, "error_last": 0.93, "error_avg": 0.94}
+BATCH, STEPS, IMAGES = 64, 300, 4000
+
+
+def law(quantity: str, params: float, offset: float = 0.0) -> float:
+    """The ground truth of the last evaluation."""
+    reducible = (AT_MILLION[quantity] - offset) * (params / 1e6) ** ALPHA[quantity]
+    return offset + reducible
+
+
+def run_config(depth: int, seed: int = 0) -> dict[str, Any]:
+    """Shaped like ``to_dict(RunConfig)``."""
+    return {
+        "model": {"family": "var", "depth": depth, "width": 64 * depth, "heads": depth, "scales": SCALES},
+        "data": {"source": "photos", "resolution": 32, "train_images": IMAGES, "val_images": 500},
+        "train": {"steps": STEPS, "batch": BATCH},
+        "seed": seed,
+    }
+
+
+def sweep(
+    root: Path,
+    depths: Sequence[int] = (1, 2, 3, 4, 5),
+    seeds: Sequence[int] = (0,),
+    evaluations: int = 12,
+    noise: float = 0.0,
+    unfinished: Sequence[int] = (),
+    pictures: bool = False,
+    tokenizer: bool = False,
+    name: str = "study",
+) -> Path:
+    """Write a sweep; final losses lie on ``law`` (times exp(noise·z))."""
+    rng = np.random.default_rng(0)
+    folder = root / name
+    names = []
+    for seed in seeds:
+        for depth in depths:
+            run = RunFolder(folder / f"var-d{depth}-s{seed}-0123456789")
+            names.append(run.name)
+            run.create(run_config(depth, seed))
+            _write_run(run, depth, evaluations, noise, rng, depth in unfinished)
+            if pictures and depth not in unfinished:
+                _picture(run.path / "samples.png", (4 * 32, 4 * 32), rng)
+    facts: dict[str, Any] = {
+        "name": name, "runs": names, "recipe": {"family": "var", "depths": list(depths)},
+        "command": f"python run_sweep.py run {name}", "commit": "0123456789abcdef",
+    }  # fmt: skip
+    if tokenizer:
+        tok = root / "tokenizers" / "tok-32px-v256-0123456789"
+        facts["tokenizer"] = f"../tokenizers/{tok.name}"
+        write_json(
+            tok / "tokenizer" / "tokenizer.json",
+            {
+                "content_hash": "ab" * 32, "config": {},
+                "facts": {
+                    "psnr": 21.5, "ssim": 0.71,
+                    "usage": [1.0, 0.9, 0.8, 0.7], "perplexity": [9.0, 40.0, 80.0, 99.0],
+                },
+            },
+        )  # fmt: skip
+        RunFolder(tok).append({"kind": "eval", "step": 1, "psnr": 20.0})
+        _picture(tok / "reconstructions.png", (8 * 32, 2 * 32), rng)
+    write_json(folder / "sweep.json", facts)
+    return folder
+
+
+def _write_run(
+    run: RunFolder, depth: int, evaluations: int, noise: float, rng: np.random.Generator, unfinished: bool
+) -> None:
+    params = 73728 * depth**3
+    scatter = {q: float(np.exp(noise * rng.normal())) for q in ALPHA}
+    steps = np.unique(np.round(np.geomspace(6, STEPS, evaluations)).astype(int))
+    if unfinished:
+        steps = steps[: len(steps) // 2]
+    for step in steps.tolist():
+        tokens = step * BATCH * SEQ
+        # Slower for larger models, so that the curves cross; gone at the last step.
+        lag = 1 + 0.22 * (np.sqrt(300 / step) - 1) * (0.5 + 0.1 * depth) / np.sqrt(300 / 6)
+        share = {"loss": 1.0, "erro": 0.1}
+        values = {q: law(q, params) * scatter[q] * float(lag) ** share[q[:4]] for q in ALPHA}
+        record: dict[str, Any] = {
+            "kind": "eval", "step": step, "params": params, "params_total": params + 200_000,
+            "tokens": tokens, "unique_tokens": min(tokens, IMAGES * SEQ), "epochs": step * BATCH / IMAGES,
+            "flops": int(4.1 * params * tokens), "flops_6nd": int(6 * params * tokens),
+            "eval_images": 500, "seconds": 1.0,
+            "loss_scales": [values["loss_avg"] * f for f in (0.6, 0.85, 0.98, 1.03)],
+            "error_scales": [min(1.0, values["error_avg"] * f) for f in (0.6, 0.85, 0.98, 1.03)],
+        }  # fmt: skip
+        record |= values | {f"{q}_se": v * 0.0015 for q, v in values.items()}
+        run.append(record)
+    run.close()
+    if unfinished:
+        run.set_status("failed", step=int(steps[-1]), total_steps=STEPS, error="loss <is> not finite")
+    else:
+        run.set_status("done", step=STEPS, total_steps=STEPS)
+
+
+def _picture(file: Path, size: tuple[int, int], rng: np.random.Generator) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pixels = rng.integers(0, 255, (size[1] // 8, size[0] // 8, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).save(file)
+
+
+def fits(report: Path) -> dict[str, Any]:
+    """The numbers beside a report."""
+    value: dict[str, Any] = json.loads((report.parent / "fits.json").read_text())
+    return value

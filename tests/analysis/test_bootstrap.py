@@ -1,0 +1,79 @@
+"""Resampling draws whole groups, counts what it redraws, and widens for few groups."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from analysis import DataError, fit_power_law
+from analysis.bootstrap import expanded_percentile, group_codes, group_weights
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=20), st.integers(0, 99))
+def test_a_group_is_drawn_whole(labels: list[int], seed: int) -> None:
+    codes = group_codes(labels, len(labels))
+    weights, _ = group_weights(codes, 50, seed)
+    G = codes.max() + 1
+    for g in range(G):
+        members = weights[:, codes == g]
+        assert (members == members[:, :1]).all()
+    firsts = [int(np.flatnonzero(codes == g)[0]) for g in range(G)]
+    assert (weights[:, firsts].sum(1) == G).all()
+
+
+def test_thin_resamples_are_drawn_again_and_counted() -> None:
+    x = np.arange(1.0, 6)
+    weights, redrawn = group_weights(np.arange(5), 2000, 0, x, distinct=3)
+    assert len(weights) == 2000
+    assert ((weights > 0).sum(1) >= 3).all()
+    # 305 of the 3125 draws of five from five hold fewer than three.
+    assert redrawn / (2000 + redrawn) == pytest.approx(305 / 3125, abs=0.03)
+
+
+def test_impossible_form_is_refused() -> None:
+    with pytest.raises(DataError, match="3 distinct x are needed, got 2"):
+        group_weights(np.arange(3), 10, 0, np.array([1.0, 1.0, 2.0]), distinct=3)
+
+
+def test_equal_seeds_give_equal_replicates() -> None:
+    x = np.arange(1.0, 9)
+    y = 2 + x**-0.4 * np.exp(0.01 * np.sin(5 * x))
+    one, two, other = (fit_power_law(x, y, offset=True, bootstrap=50, seed=s).replicates for s in (0, 0, 1))
+    assert one is not None
+    assert two is not None
+    assert other is not None
+    np.testing.assert_array_equal(one, two)
+    assert not np.array_equal(one, other)
+
+
+def test_replicates_are_fits_of_the_resampled_points() -> None:
+    """Weights equal copies: one replicate, fitted by itself on copied points, is the same."""
+    x = np.arange(1.0, 13)
+    y = 2 + 3 * x**-0.4 * np.exp(0.003 * np.sin(5 * x))
+    law = fit_power_law(x, y, offset=True, bootstrap=20, seed=3)
+    weights, _ = group_weights(np.arange(12), 20, 3, x, 3)
+    assert law.replicates is not None
+    for draw, found in list(zip(weights.astype(int), law.replicates, strict=True))[:8]:
+        alone = fit_power_law(np.repeat(x, draw), np.repeat(y, draw), offset=True)
+        if alone.converged and np.repeat(y, draw).min() == y.min():
+            assert found[0] == pytest.approx(alone.alpha, rel=1e-4)
+
+
+def test_expansion_matches_student() -> None:
+    """Of normal replicates with standard error s·√((n−1)/n), the interval is Student's, x̄ ± t s."""
+    draws = np.random.default_rng(0).normal(size=400_000) * np.sqrt(4 / 5)
+    low, high = expanded_percentile(draws, 0.9, 5, 1)
+    assert high == pytest.approx(2.1318, rel=0.02)
+    assert low == pytest.approx(-2.1318, rel=0.02)
+
+
+def test_too_few_groups_have_no_interval() -> None:
+    with pytest.raises(DataError, match="more than 3 independent runs, got 3"):
+        expanded_percentile(np.zeros(10), 0.95, 3, 3)
+
+
+def test_groups_of_wrong_length() -> None:
+    with pytest.raises(DataError, match="expected 3 labels"):
+        fit_power_law([1, 2, 3], [3, 2, 1], groups=["a"])

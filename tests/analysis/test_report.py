@@ -1,0 +1,153 @@
+"""A report recovers what the records were made from, whole or partial, and is safe to open."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from analysis import make_report
+from analysis.findings import headline
+from analysis.study import make_study
+from scaling.records import RecordsError, write_json
+from tests.analysis import fabricate
+
+
+class Page(HTMLParser):
+    """Collects tags, links and ids."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.links: list[str] = []
+        self.ids: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [v or "" for k, v in attrs if k in ("src", "href", "xlink:href", "data")]
+        self.ids += [v or "" for k, v in attrs if k == "id"]
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_report(fabricate.sweep(tmp_path_factory.mktemp("runs"), pictures=True, tokenizer=True))
+
+
+def test_known_exponents_are_recovered(report: Path) -> None:
+    found = {
+        (r["quantity"], r["x"], r["offset"]): r
+        for r in fabricate.fits(report)["laws"]
+        if r["points"] == "final"
+    }
+    for quantity, alpha in fabricate.ALPHA.items():
+        row = found[quantity, "params", False]
+        assert row["params"]["alpha"] == pytest.approx(alpha, rel=1e-9)
+        assert row["pearson"] == pytest.approx(-1, abs=1e-9)
+        at_million = (row["params"]["beta"] * 1e6) ** row["params"]["alpha"]
+        assert at_million == pytest.approx(fabricate.AT_MILLION[quantity], rel=1e-6)
+
+
+def test_the_largest_depth_is_forecast_from_the_others(report: Path) -> None:
+    rows = [f for f in fabricate.fits(report)["forecasts"] if not f["offset"]]
+    assert len(rows) == 4
+    for row in rows:
+        assert row["hidden_params"] == 73728 * 125
+        assert row["fitted_on"] == 4
+        assert row["reached"] == pytest.approx(fabricate.law(row["quantity"], 73728 * 125))
+        assert row["predicted"] == pytest.approx(row["reached"], rel=1e-9)
+
+
+def test_intervals_hold_the_truth_under_noise(tmp_path: Path) -> None:
+    study = make_study(fabricate.sweep(tmp_path, depths=range(1, 9), seeds=(0, 1), noise=0.001))
+    law = study.law("loss_last").law
+    assert law is not None
+    assert len(law.x) == 16
+    low, high = law.interval()["alpha"]
+    assert low < -0.020 < high
+    assert high - low < 0.004
+    assert "falls as a power law" in headline(study)
+
+
+def test_the_page_is_self_contained(report: Path) -> None:
+    page = Page(report.read_text())
+    assert "script" not in page.tags
+    assert all(link.startswith(("data:image/", "#")) for link in page.links)
+    assert len(page.ids) == len(set(page.ids))
+    assert page.tags.count("svg") == 14
+    assert page.tags.count("img") == 6
+    assert not re.search(r"url\((?!#)", report.read_text())
+
+
+def test_files_beside_it(report: Path) -> None:
+    names = sorted(p.name for p in (report.parent / "figures").iterdir())
+    assert len(names) == 28
+    markdown = (report.parent / "report.md").read_text()
+    for picture in re.findall(r"!\[[^\]]*\]\(([^)]*)\)", markdown):
+        assert (report.parent / picture).resolve().is_file(), picture
+    assert "0123456789abcdef" in markdown
+    assert "psnr: 21.5" in markdown
+
+
+def test_equal_records_give_equal_bytes(report: Path, tmp_path: Path) -> None:
+    again = make_report(fabricate.sweep(tmp_path, pictures=True, tokenizer=True))
+    for file in sorted(p for p in again.parent.rglob("*") if p.is_file()):
+        assert file.read_bytes() == (report.parent / file.relative_to(again.parent)).read_bytes(), file.name
+
+
+def test_partial_sweep_says_what_is_missing_and_escapes_it(tmp_path: Path) -> None:
+    folder = fabricate.sweep(tmp_path, depths=(1, 2, 3), unfinished=(2, 3))
+    facts = json.loads((folder / "sweep.json").read_text())
+    hostile = {"name": "<script>alert(1)</script>", "commit": "</code><img src=x>"}
+    write_json(folder / "sweep.json", facts | hostile)
+    report = make_report(folder)
+    text = report.read_text()
+    assert "One depth (d1) has finished" in text
+    assert "var-d2-s0-0123456789 is failed at step" in text
+    assert "loss &lt;is&gt; not finite" in text
+    assert "names no tokenizer" in text
+    assert "No run has left samples yet" in text
+    laws = fabricate.fits(report)["laws"]
+    assert "at least 3 points, got 1" in next(r["status"] for r in laws if r["x"] == "params")
+    assert not {"script", "img", "is"} & set(Page(text).tags)
+
+
+def test_nothing_finished_and_figures_of_an_earlier_report_go(tmp_path: Path) -> None:
+    folder = fabricate.sweep(tmp_path, depths=(1, 2), unfinished=(1, 2))
+    stale = folder / "report" / "figures" / "loss_last_vs_params.svg"
+    stale.parent.mkdir(parents=True)
+    stale.write_text("<svg/>")
+    report = make_report(folder)
+    assert "No run has finished yet" in report.read_text()
+    assert not list((report.parent / "figures").glob("*_vs_params.*"))
+
+
+def test_a_tokenizer_outside_the_root_is_refused(tmp_path: Path) -> None:
+    folder = fabricate.sweep(tmp_path, depths=(1,))
+    facts = json.loads((folder / "sweep.json").read_text())
+    write_json(folder / "sweep.json", facts | {"tokenizer": "../../../etc"})
+    with pytest.raises(RecordsError, match="lies outside"):
+        make_report(folder)
+
+
+def test_several_families_are_refused(tmp_path: Path) -> None:
+    folder = fabricate.sweep(tmp_path, depths=(1, 2))
+    file = folder / "var-d2-s0-0123456789" / "config.json"
+    config = json.loads(file.read_text())
+    config["model"]["family"] = "raster"
+    write_json(file, config)
+    with pytest.raises(RecordsError, match="several families"):
+        make_report(folder)
+
+
+def test_import_is_light() -> None:
+    code = (
+        "import sys, analysis; assert not {'torch', 'pandas', 'scipy', 'matplotlib'} & set(sys.modules);"
+        "analysis.make_report; analysis.load_table; assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
