@@ -133,7 +133,7 @@ class Plan:
             "runs": [r.run for r in self.runs],
             "tokenizer": f"../tokenizers/{self.folders.tokenizer.name}",
             "tokens": f"../tokens/{self.folders.tokens.name}",
-            "command": shlex.join(["python", *sys.argv]),
+            "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
             "commit": code_commit(),
         }
         write_json(self.folders.sweep / "sweep.json", value)
