@@ -97,7 +97,9 @@ class TokenizerConfig:
     vocab: int = 4096
     latent_channels: int = 32
     channels: int = 160
-    """Channels of the first convolution, a multiple of 32 (group norm)."""
+    """Channels of the first convolution, a multiple of ``norm_groups``."""
+    norm_groups: int = 32
+    """Groups of the group norms; with as many as channels, a norm would wipe out every channel's mean."""
     multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
     """Channels per resolution in units of ``channels``; downsampling is 2^(len − 1)."""
     res_blocks: int = 2
@@ -112,8 +114,8 @@ class TokenizerConfig:
     def __post_init__(self) -> None:
         require(2 <= self.vocab <= 65536, f"tokenizer.vocab must be 2 to 65536 (uint16), got {self.vocab}")
         require(
-            self.channels > 0 and self.channels % 32 == 0,
-            f"tokenizer.channels must be a multiple of 32, got {self.channels}",
+            self.norm_groups > 0 and self.channels > 0 and self.channels % self.norm_groups == 0,
+            f"tokenizer.channels must be a multiple of norm_groups {self.norm_groups}, got {self.channels}",
         )
         require(
             len(self.multipliers) >= 1 and all(m > 0 for m in self.multipliers),
@@ -180,6 +182,8 @@ class TokenizerTrainConfig:
     lpips_weights: str | None = None
     """A file (safetensors or .pth) with VGG-16 and LPIPS linear weights, brought by the user."""
     adversarial: AdversarialConfig = AdversarialConfig()
+    autoencode_steps: int = 0
+    """Steps without quantisation at the start; then the codebook is seeded from features worth quantising."""
     revive_every: int = 50
     """Every so many steps codes that were not used since are moved onto data; 0 never."""
     revive_until: float = 0.8
@@ -193,6 +197,10 @@ class TokenizerTrainConfig:
     def __post_init__(self) -> None:
         require(self.steps >= 1, f"tokenizer_train.steps must be at least 1, got {self.steps}")
         require(self.batch >= 1, f"tokenizer_train.batch must be at least 1, got {self.batch}")
+        require(
+            0 <= self.autoencode_steps < self.steps,
+            f"tokenizer_train.autoencode_steps must be 0 to steps - 1, got {self.autoencode_steps}",
+        )
         require(self.lr > 0, f"tokenizer_train.lr must be positive, got {self.lr}")
 
 

@@ -1,7 +1,7 @@
 """The convolutional encoder and decoder of VQGAN, as VAR's tokenizer uses them.
 
 Design choices
-- Group norm with 32 groups and eps 1e-6, SiLU, residual blocks of two 3×3 convolutions.
+- Group norm (published: 32 groups) with eps 1e-6, SiLU, residual blocks of two 3×3 convolutions.
 - Self-attention (one head) after every block of the lowest resolution and in the middle.
 - Downsampling is a strided convolution padded on the right and below only; upsampling is
   nearest-neighbour followed by a convolution.
@@ -17,11 +17,9 @@ from torch.nn import functional as F
 
 from scaling.config import TokenizerConfig
 
-GROUPS = 32
 
-
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(GROUPS, channels, eps=1e-6)
+def _norm(channels: int, groups: int) -> nn.GroupNorm:
+    return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
 def _conv3(channels_in: int, channels_out: int) -> nn.Conv2d:
@@ -31,10 +29,10 @@ def _conv3(channels_in: int, channels_out: int) -> nn.Conv2d:
 class ResidualBlock(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1×1 shortcut when the channels change."""
 
-    def __init__(self, channels_in: int, channels_out: int) -> None:
+    def __init__(self, channels_in: int, channels_out: int, groups: int) -> None:
         super().__init__()
-        self.norm1, self.conv1 = _norm(channels_in), _conv3(channels_in, channels_out)
-        self.norm2, self.conv2 = _norm(channels_out), _conv3(channels_out, channels_out)
+        self.norm1, self.conv1 = _norm(channels_in, groups), _conv3(channels_in, channels_out)
+        self.norm2, self.conv2 = _norm(channels_out, groups), _conv3(channels_out, channels_out)
         self.nin_shortcut: nn.Module = nn.Identity()
         if channels_in != channels_out:
             self.nin_shortcut = nn.Conv2d(channels_in, channels_out, 1)
@@ -49,9 +47,9 @@ class ResidualBlock(nn.Module):
 class Attention(nn.Module):
     """Single-head self-attention over all positions, scaled by 1/√C, added to its input."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
-        self.norm = _norm(channels)
+        self.norm = _norm(channels, groups)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
@@ -90,11 +88,14 @@ class Upsample(nn.Module):
 class Level(nn.Module):
     """The blocks of one resolution, each followed by attention at the lowest one, then the resizing."""
 
-    def __init__(self, channels: list[int], attention: bool, resize: tuple[str, nn.Module] | None) -> None:
+    def __init__(
+        self, channels: list[int], groups: int, attention: bool, resize: tuple[str, nn.Module] | None
+    ) -> None:
         super().__init__()
         outputs = channels[1:]
-        self.block = nn.ModuleList(map(ResidualBlock, channels, outputs))
-        self.attn = nn.ModuleList(Attention(c) for c in outputs if attention)
+        pairs = zip(channels, outputs, strict=False)
+        self.block = nn.ModuleList(ResidualBlock(before, after, groups) for before, after in pairs)
+        self.attn = nn.ModuleList(Attention(c, groups) for c in outputs if attention)
         self._resize = resize[0] if resize else None
         if resize:
             self.add_module(*resize)
@@ -110,11 +111,11 @@ class Level(nn.Module):
 class Middle(nn.Module):
     """Block, attention, block at the lowest resolution."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
-        self.block_1 = ResidualBlock(channels, channels)
-        self.attn_1 = Attention(channels)
-        self.block_2 = ResidualBlock(channels, channels)
+        self.block_1 = ResidualBlock(channels, channels, groups)
+        self.attn_1 = Attention(channels, groups)
+        self.block_2 = ResidualBlock(channels, channels, groups)
 
     def forward(self, h_BCHW: Tensor) -> Tensor:
         out_BCHW: Tensor = self.block_2(self.attn_1(self.block_1(h_BCHW)))
@@ -126,17 +127,17 @@ class Encoder(nn.Module):
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
-        widths = [config.channels * m for m in config.multipliers]
+        widths, groups = [config.channels * m for m in config.multipliers], config.norm_groups
         last = len(widths) - 1
         self.conv_in = _conv3(3, config.channels)
         self.down = nn.ModuleList()
         channels = config.channels
         for i, width in enumerate(widths):
             resize = ("downsample", Downsample(width)) if i < last else None
-            self.down.append(Level([channels] + [width] * config.res_blocks, i == last, resize))
+            self.down.append(Level([channels] + [width] * config.res_blocks, groups, i == last, resize))
             channels = width
-        self.mid = Middle(channels)
-        self.norm_out, self.conv_out = _norm(channels), _conv3(channels, config.latent_channels)
+        self.mid = Middle(channels, groups)
+        self.norm_out, self.conv_out = _norm(channels, groups), _conv3(channels, config.latent_channels)
 
     def forward(self, images_B3HW: Tensor) -> Tensor:
         h_BCHW = self.conv_in(images_B3HW)
@@ -151,18 +152,20 @@ class Decoder(nn.Module):
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
-        widths = [config.channels * m for m in config.multipliers]
+        widths, groups = [config.channels * m for m in config.multipliers], config.norm_groups
         last = len(widths) - 1
         channels = widths[-1]
         self.conv_in = _conv3(config.latent_channels, channels)
-        self.mid = Middle(channels)
+        self.mid = Middle(channels, groups)
         self.up = nn.ModuleList()
         for i, width in reversed(list(enumerate(widths))):
             resize = ("upsample", Upsample(width)) if i > 0 else None
             # up.0 is the finest resolution in the published keys, though it runs last.
-            self.up.insert(0, Level([channels] + [width] * (config.res_blocks + 1), i == last, resize))
+            self.up.insert(
+                0, Level([channels] + [width] * (config.res_blocks + 1), groups, i == last, resize)
+            )
             channels = width
-        self.norm_out, self.conv_out = _norm(channels), _conv3(channels, 3)
+        self.norm_out, self.conv_out = _norm(channels, groups), _conv3(channels, 3)
 
     def forward(self, f_BCHW: Tensor) -> Tensor:
         h_BCHW = self.mid(self.conv_in(f_BCHW))

@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -80,10 +81,13 @@ class OwnPhis(nn.ModuleList):
 
 
 def nearest_tick(count: int, position: float) -> int:
-    """Index of the tick nearest to ``position`` (0 to 1) among ``count``, the first of two equally near."""
+    """Index of the tick nearest to ``position`` (0 to 1) among ``count``.
+
+    In NumPy's float64, as published: some scales lie half-way between two ticks, where rounding decides.
+    """
     margin = 1 / 3 / count if count == 4 else 1 / 2 / count
-    ticks = torch.linspace(margin, 1 - margin, count, dtype=torch.float64)
-    return int((ticks - position).abs().argmin())
+    ticks = np.linspace(margin, 1 - margin, count)
+    return int(np.argmin(np.abs(ticks - position)))
 
 
 @dataclass(frozen=True)

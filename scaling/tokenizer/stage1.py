@@ -5,6 +5,8 @@ Design choices
   the step is that of the whole global batch, however it is divided.
 - λ, the adaptive weight of the adversarial term, is of the whole global batch too; it can only be known
   after every micro-batch was seen, so step s uses the λ measured in step s − 1.
+- Before ``autoencode_steps`` nothing is quantised: features of an encoder that has seen nothing say
+  little about where codes will be needed, and a codebook seeded from them leaves the coarse scales poor.
 - Codes are counted over all processes in every step, so revival and logs are the same everywhere.
 - Everything that the next step depends on is in ``tensors`` and ``state``.
 """
@@ -86,6 +88,7 @@ class Stage1:
             micro_batch: images per forward pass; None for all.
         """
         train, adversarial = self.config.train, self.config.train.adversarial
+        quantise = step >= train.autoencode_steps
         judged = self.discriminator is not None and step >= adversarial.start
         # λ of the first judged step is measured in the step before it.
         measured = self.discriminator is not None and step >= adversarial.start - 1
@@ -101,7 +104,7 @@ class Stage1:
         for part_B3HW in images_B3HW.split(micro_batch or len(images_B3HW)):
             share = len(part_B3HW) / len(images_B3HW)
             with self._autocast():
-                reconstruction_B3HW, quantized = self.tokenizer(part_B3HW)
+                reconstruction_B3HW, quantized = self.tokenizer(part_B3HW, quantise)
                 reconstruction_B3HW = reconstruction_B3HW.float()
                 terms = self._reconstruction_terms(part_B3HW, reconstruction_B3HW)
                 rebuilt = (
@@ -109,7 +112,7 @@ class Stage1:
                     + train.pixel_l2 * terms["pixel_l2"]
                     + train.perceptual * terms["perceptual"]
                 )
-                loss = rebuilt + train.codebook * quantized.loss
+                loss = rebuilt if quantized is None else rebuilt + train.codebook * quantized.loss
                 if measured:
                     generator = self._judge_frozen(reconstruction_B3HW)
                     for row, term in enumerate((rebuilt, generator)):
@@ -121,10 +124,12 @@ class Stage1:
             self.scaler.scale(loss * share).backward()
             if judged:
                 terms["discriminator"] = self._judge_backward(part_B3HW, reconstruction_B3HW.detach(), share)
-            terms |= {"loss": loss.detach(), "vq": quantized.loss.detach()}
+            terms["loss"] = loss
+            if quantized is not None:
+                terms["vq"] = quantized.loss
+                hits_KV += hits(quantized.tokens, self.config.tokenizer.scales, self.config.tokenizer.vocab)
+                residuals.append(list(quantized.residuals))
             sums += share * torch.stack([terms.get(t, sums.new_zeros(())).detach() for t in TERMS])
-            hits_KV += hits(quantized.tokens, self.config.tokenizer.scales, self.config.tokenizer.vocab)
-            residuals.append(list(quantized.residuals))
         self._average([*self._gradients(), norms, sums])
         hits_KV = self._over_processes(hits_KV, "sum")
         if measured:
@@ -137,7 +142,7 @@ class Stage1:
         self.summed += 1
         self.hits_logged_KV += hits_KV
         self.hits_revival_KV += hits_KV
-        if train.revive_every and (step + 1) % train.revive_every == 0:
+        if quantise and train.revive_every and (step + 1 - train.autoencode_steps) % train.revive_every == 0:
             self._revive(step, residuals)
 
     def _reconstruction_terms(self, images_B3HW: Tensor, reconstruction_B3HW: Tensor) -> dict[str, Tensor]:

@@ -134,16 +134,16 @@ def train_tokenizer(
     if saved:
         trained.restore(saved)
         log.info("going on from step %d of %d", first, train.steps)
-    else:
-        count = max(SEED_IMAGES, config.tokenizer.vocab)
-        seeding = prefetched(load, 0, -(-count // train.batch), threads)
-        trained.seed_codebook(to_device(batch, accelerator.device) for batch in seeding)
     if main_process:
         folder.truncate(first)
 
     logged_at, logged_step, saved_at = time.monotonic(), first, time.monotonic()
     with contextlib.closing(prefetched(load, first, train.steps, threads)) as stream:
         for step, batch in enumerate(stream, first):
+            if step == train.autoencode_steps:
+                count = max(SEED_IMAGES, config.tokenizer.vocab)
+                with contextlib.closing(prefetched(load, 0, -(-count // train.batch), threads)) as seeding:
+                    trained.seed_codebook(to_device(images, accelerator.device) for images in seeding)
             trained.step(step, to_device(batch, accelerator.device), launch.micro_batch)
             done = step + 1
             if done % train.log_every == 0 or done == train.steps:
@@ -154,7 +154,7 @@ def train_tokenizer(
                     folder.append({"kind": "train", "step": done, **record, "images_per_second": speed})
                 job.beat(loss=record["loss"], images_per_second=speed)
             job.beat(step=done, total_steps=train.steps)
-            if done % train.checkpoint_every == 0 and done < train.steps:
+            if done % train.checkpoint_every == 0 and train.autoencode_steps < done < train.steps:
                 evaluate_and_log(trained, validation, folder, done, launch)
             late = time.monotonic() - saved_at > launch.checkpoint_seconds
             stop, late = agreed(accelerator, job.should_stop(), late)

@@ -86,10 +86,17 @@ class Tokenizer(nn.Module):
         images_B3HW: Tensor = self.decoder(self.post_quant_conv(f_hat_BCHW))
         return images_B3HW
 
-    def forward(self, images_B3HW: Tensor) -> tuple[Tensor, Quantized]:
-        """Reconstructions (B, 3, H, W), not clamped, and the quantiser's result, with gradients."""
+    def forward(self, images_B3HW: Tensor, quantise: bool = True) -> tuple[Tensor, Quantized | None]:
+        """Reconstructions (B, 3, H, W), not clamped, and the quantiser's result, with gradients.
+
+        Args:
+            quantise: False reconstructs from the encoder's own features, as a plain autoencoder.
+        """
         self._check(images_B3HW)
-        quantized = self.quantize(self.encode_features(images_B3HW))
+        features_BCHW = self.encode_features(images_B3HW)
+        if not quantise:
+            return self.decode_features(features_BCHW), None
+        quantized: Quantized = self.quantize(features_BCHW)
         return self.decode_features(quantized.features), quantized
 
     def _check(self, images_B3HW: Tensor) -> None:
