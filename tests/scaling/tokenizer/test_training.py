@@ -162,6 +162,16 @@ def test_killed_between_checkpoints_and_resumed_is_unbroken(
     same(train(tmp_path / "run", adversarial), unbroken)
 
 
+@pytest.mark.parametrize("stop", [2, 3, 4])
+def test_interrupted_around_the_seeding_and_resumed_is_unbroken(tmp_path: Path, stop: int) -> None:
+    config = tiny.variant(autoencode_steps=3, log_every=1)
+    with pytest.raises(Interrupted):
+        train(tmp_path / "broken", config, stop=stop)
+    broken, whole = train(tmp_path / "broken", config), train(tmp_path / "whole", config)
+    same(broken, whole)
+    assert [r["vq"] > 0 for r in whole.metrics("train")] == [False] * 3 + [True] * 5
+
+
 def test_checkpoints_by_the_clock_change_nothing(
     tmp_path: Path, adversarial: TokenizerRunConfig, unbroken: RunFolder
 ) -> None:

@@ -32,6 +32,15 @@ def test_any_power_of_two_downsampling(multipliers: tuple[int, ...], side: int) 
     assert images.abs().max() <= 1
 
 
+def test_fewer_norm_groups_admit_narrower_networks() -> None:
+    model = Tokenizer(dataclasses.replace(tiny.TOKENIZER, channels=16, norm_groups=4))
+    groups = {m.num_groups for m in model.modules() if isinstance(m, torch.nn.GroupNorm)}
+    assert groups == {4}
+    assert model.decode(model.encode(torch.rand(1, 3, 16, 16))).shape == (1, 3, 16, 16)
+    with pytest.raises(ConfigError, match="multiple of norm_groups 32, got 16"):
+        dataclasses.replace(tiny.TOKENIZER, channels=16)
+
+
 def test_images_of_another_size_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"takes images of shape \(3, 16, 16\), got \(3, 32, 32\)"):
         tokenizer().encode(torch.zeros(1, 3, 32, 32))
