@@ -22,12 +22,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from analysis.errors import Floats
-from analysis.forecast import Forecast
-from analysis.frontier import Frontier
-from analysis.powerlaw import PowerLaw
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from analysis.forecast import Forecast
+    from analysis.frontier import Frontier
+    from analysis.powerlaw import PowerLaw
 
 INK, MUTED, GRID, PAPER = "#1b1f24", "#636b76", "#dfe3e8", "#ffffff"
 PLAIN, OFFSET = "#0b6fb3", "#c9480b"

@@ -22,9 +22,10 @@ from rich.table import Table
 
 from scaling.config import PAPER_SCALES, DataConfig
 from scaling.data.cache import CachedSplit, build_cache, open_cache
+from scaling.data.images import Skipped, Split
 from scaling.data.sampler import batch_indices, batch_views
 from scaling.data.shards import UInt16
-from scaling.data.sources import Skipped, Split, open_source
+from scaling.data.sources import open_source
 from scaling.data.transforms import UInt8, view_array
 
 BATCH, STEPS = 256, 400

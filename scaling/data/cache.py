@@ -29,9 +29,9 @@ from typing import Any
 import numpy as np
 
 from scaling.config import DataConfig
+from scaling.data.images import SPLITS, ImageSource, Split, UnreadableImageError, check_unreadable, log
 from scaling.data.sampler import Int64
 from scaling.data.shards import UINT16, Shard, UInt16, probe, sha256, shard_images, shards
-from scaling.data.sources import SPLITS, ImageSource, Split, UnreadableImageError, check_unreadable, log
 from scaling.data.transforms import UInt8, view_arrays
 from scaling.process import Interrupted
 from scaling.records import RecordsError, read_json, write_json

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from scaling.data.sources import SPLITS, Skipped, Split, decode
+from scaling.data.images import SPLITS, Skipped, Split, decode
 from scaling.schema import ConfigError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")

@@ -18,7 +18,7 @@ from typing import Any
 
 from PIL import Image
 
-from scaling.data.sources import Skipped, Split, UnreadableImageError, decode
+from scaling.data.images import Skipped, Split, UnreadableImageError, decode
 from scaling.schema import ConfigError
 
 SPLIT_NAMES: dict[Split, tuple[str, ...]] = {

@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from scaling.data.sources import Skipped, Split, UnreadableImageError, decode
+from scaling.data.images import Skipped, Split, UnreadableImageError, decode
 from scaling.schema import ConfigError
 
 PREFIXES: dict[Split, tuple[str, ...]] = {"train": ("train",), "val": ("validation", "valid", "val", "test")}

@@ -22,8 +22,8 @@ from pathlib import Path
 from PIL import Image
 
 from scaling.config import DataConfig
+from scaling.data.images import Skipped, Split, UnreadableImageError, decode
 from scaling.data.sampler import uniforms
-from scaling.data.sources import Skipped, Split, UnreadableImageError, decode
 from scaling.schema import ConfigError
 
 DEFAULT_COUNTS: dict[Split, int] = {"train": 4096, "val": 512}

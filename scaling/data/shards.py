@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from scaling.data.sources import Split
+from scaling.data.images import Split
 from scaling.records import RecordsError, read_json, write_json
 
 MIN_SHARD, MAX_SHARDS = 64, 256

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from scaling.config import DataConfig
+from scaling.data.images import ImageSource, Split, UnreadableImageError
 from scaling.data.sampler import Int64, uniforms
-from scaling.data.sources import ImageSource, Split, UnreadableImageError
 
 UInt8 = NDArray[np.uint8]
 

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from scaling.config import DataConfig
+from scaling.data.images import ImageSource, Split
 from scaling.data.sampler import batch_indices, batch_views
-from scaling.data.sources import ImageSource, Split
 from scaling.data.transforms import image_batch
 
 UInt8 = NDArray[np.uint8]

@@ -61,7 +61,8 @@ def reconstruction_sheet(
         ("originals (validation)", list(originals)),
         ("reconstructions", list(reconstructions)),
     ]
-    names = ", ".join(f"{s}×{s}" for s in scales)
+    # A plain x: Pillow's own font has no multiplication sign.
+    names = ", ".join(f"{s}x{s}" for s in scales)
     rows += [
         (f"image {i + 1} from scales up to {names}; original", [*progress, originals[i]])
         for i, progress in enumerate(stages)

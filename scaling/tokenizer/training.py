@@ -31,7 +31,8 @@ from torch import Tensor
 
 from scaling.checkpoint import load_checkpoint, save_checkpoint
 from scaling.config import ConfigError, LaunchConfig, TokenizerRunConfig, from_dict, identity, require
-from scaling.data.sources import ImageSource, open_source
+from scaling.data.images import ImageSource
+from scaling.data.sources import open_source
 from scaling.process import Interrupted, JobProcess, run_job
 from scaling.records import RunFolder, read_json
 from scaling.tokenizer import metrics

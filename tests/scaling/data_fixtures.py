@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from scaling.data.images import Skipped, Split, UnreadableImageError
 from scaling.data.shards import UInt16
-from scaling.data.sources import Skipped, Split, UnreadableImageError
 from scaling.data.transforms import UInt8
 
 SCALES = (1, 2, 3)

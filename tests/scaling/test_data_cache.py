@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from scaling.config import DataConfig
 from scaling.data import shards as shards_module
 from scaling.data.cache import Progress, build_cache, open_cache
+from scaling.data.images import Split
 from scaling.data.shards import MAX_SHARDS, UInt16, shards
-from scaling.data.sources import Split
 from scaling.data.transforms import UInt8, view_array
 from scaling.process import Interrupted
 from scaling.records import RecordsError, read_json, write_json

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from scaling.config import DataConfig
 from scaling.data import photos
+from scaling.data.images import SPLITS, Split
 from scaling.data.photos import PHOTOGRAPHS, Photos, region
-from scaling.data.sources import SPLITS, Split, open_source, resolve
+from scaling.data.sources import open_source, resolve
 from scaling.schema import ConfigError
 
 DATA = DataConfig(resolution=32)

@@ -21,8 +21,9 @@ from PIL import Image
 
 from scaling.config import DataConfig
 from scaling.data import parquet
+from scaling.data.images import UnreadableImageError, decode
 from scaling.data.parquet import ParquetImages
-from scaling.data.sources import UnreadableImageError, decode, open_source, resolve
+from scaling.data.sources import open_source, resolve
 from scaling.schema import ConfigError
 from tests.scaling.data_fixtures import image_folder, parquet_file, picture, png
 

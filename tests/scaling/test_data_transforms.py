@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from scaling.config import DataConfig
-from scaling.data.sources import Split
+from scaling.data.images import Split
 from scaling.data.transforms import image_batch, resize_shorter, view_array, view_arrays
 from scaling.schema import ConfigError
 from tests.scaling.data_fixtures import NoiseSource, picture

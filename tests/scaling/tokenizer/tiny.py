@@ -19,7 +19,7 @@ from scaling.config import (
     TokenizerTrainConfig,
     to_dict,
 )
-from scaling.data.sources import Skipped, Split
+from scaling.data.images import Skipped, Split
 from scaling.records import RunFolder
 
 TOKENIZER = TokenizerConfig(
