@@ -11,7 +11,7 @@ COMMAND is one of
     report     write the report of what is there
     sample     draw pictures from a finished run
 
-RECIPE is a file or the name of a shipped recipe: quickstart, cifar10, imagenet256.
+RECIPE is a file or the name of a shipped recipe: quickstart, cifar10, cifar10-cpu, imagenet256.
 Any value of the recipe can be set: --train.lr 3e-4 --depths 2 4 6 --data.path X;
 'python run_sweep.py plan RECIPE --help' lists them all with their values.
 
@@ -201,7 +201,7 @@ def dispatch(arguments: list[str]) -> int:
         hint = f"did you mean '{near[0]}'?" if near else f"commands: {', '.join(COMMANDS)}"
         raise ConfigError(f"unknown command '{name}'; {hint}")
     if not rest or rest[0].startswith("--"):
-        raise ConfigError(f"'{name}' needs a recipe: a file, or quickstart, cifar10 or imagenet256")
+        raise ConfigError(f"'{name}' needs a recipe: a file, or quickstart, cifar10, cifar10-cpu or imagenet256")
     options_class, command = COMMANDS[name]
     own, shared = options_of(options_class), options_of(Recipe)
     if wants_help:

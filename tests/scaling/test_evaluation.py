@@ -1,0 +1,61 @@
+"""An evaluation's numbers: means over tokens, errors over images."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scaling.clock import Clock
+from scaling.evaluation import Evaluation, per_scale, token_losses
+
+SCALES = (1, 2, 3)
+SIZES = np.array([1, 4, 9])
+
+
+@given(images=st.integers(2, 20), seed=st.integers(0, 1000))
+def test_averages_are_over_tokens_and_standard_errors_over_images(images: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    loss_nL, wrong_nL = rng.exponential(4, (images, 14)), (rng.random((images, 14)) < 0.7).astype(float)
+    parts = [per_scale(torch.from_numpy(v), SCALES).numpy() for v in (loss_nL, wrong_nL)]
+    record = Evaluation(parts[0], parts[1], SIZES).record()
+    assert record["loss_avg"] == pytest.approx(loss_nL.mean())
+    assert record["loss_last"] == pytest.approx(loss_nL[:, 5:].mean())
+    assert record["loss_scales"][1] == pytest.approx(loss_nL[:, 1:5].mean())
+    assert record["error_avg"] == pytest.approx(wrong_nL.mean())
+    assert record["loss_avg_se"] == pytest.approx(loss_nL.mean(axis=1).std(ddof=1) / math.sqrt(images))
+    assert record["eval_images"] == images
+
+
+def test_one_image_has_no_standard_error() -> None:
+    assert Evaluation(np.ones((1, 3)), np.ones((1, 3)), SIZES).record()["loss_avg_se"] is None
+
+
+def test_uniform_logits_lose_the_log_of_the_vocabulary() -> None:
+    tokens_BL = torch.arange(6).view(2, 3)
+    loss_BL, wrong_BL = token_losses(torch.zeros(2, 3, 64), tokens_BL)
+    torch.testing.assert_close(loss_BL, torch.full((2, 3), math.log(64)))
+    assert wrong_BL.sum() == 5  # the argmax of equal logits is token 0
+
+
+def test_the_clock_leaves_out_pauses_and_the_first_lap(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("scaling.clock.time.monotonic", lambda: now[0])
+    clock = Clock(checkpoint_seconds=100.0)
+    assert clock.steps_per_second is None
+    now[0] = 50.0  # the warm-up
+    assert clock.lap(1) == pytest.approx(1 / 50)
+    with clock.paused():
+        now[0] += 30
+    now[0] += 2
+    assert clock.lap(11) == pytest.approx(10 / 2)
+    assert clock.steps_per_second == pytest.approx(5.0)
+    assert not clock.checkpoint_due()
+    now[0] = 101.0
+    assert clock.checkpoint_due()
+    clock.checkpointed()
+    assert not clock.checkpoint_due()
