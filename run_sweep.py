@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -201,7 +202,9 @@ def dispatch(arguments: list[str]) -> int:
         hint = f"did you mean '{near[0]}'?" if near else f"commands: {', '.join(COMMANDS)}"
         raise ConfigError(f"unknown command '{name}'; {hint}")
     if not rest or rest[0].startswith("--"):
-        raise ConfigError(f"'{name}' needs a recipe: a file, or quickstart, cifar10, cifar10-cpu or imagenet256")
+        raise ConfigError(
+            f"'{name}' needs a recipe: a file, or quickstart, cifar10, cifar10-cpu or imagenet256"
+        )
     options_class, command = COMMANDS[name]
     own, shared = options_of(options_class), options_of(Recipe)
     if wants_help:
@@ -238,7 +241,10 @@ def _report(sweep: Path, show: bool) -> None:
 
     page = make_report(sweep)
     print(f"report: {page}")
-    if show:
+    # Without a display a text browser would take over the terminal.
+    if show and (
+        sys.platform in ("darwin", "win32") or "DISPLAY" in os.environ or "WAYLAND_DISPLAY" in os.environ
+    ):
         import webbrowser
 
         webbrowser.open(page.resolve().as_uri())

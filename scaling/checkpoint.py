@@ -179,10 +179,15 @@ def _digest(path: Path) -> dict[str, Any]:
         return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": path.stat().st_size}
 
 
-def _seal(path: Path) -> dict[str, Any]:
-    """Flush a file to the disk; its checksum and size."""
+def sync_file(path: Path) -> None:
+    """Flush a file to the disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
+
+
+def _seal(path: Path) -> dict[str, Any]:
+    """Flush a file to the disk; its checksum and size."""
+    sync_file(path)
     return _digest(path)
 
 

@@ -48,6 +48,10 @@ def require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def _check_betas(betas: tuple[float, float], name: str) -> None:
+    require(all(0 <= beta < 1 for beta in betas), f"{name} must be in [0, 1), got {list(betas)}")
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """An image set. ``None`` counts are filled in from the data before a run is planned."""
@@ -79,6 +83,7 @@ class DataConfig:
         require(self.resolution > 0, f"data.resolution must be positive, got {self.resolution}")
         require(self.views >= 1, f"data.views must be at least 1, got {self.views}")
         require(self.crop_margin >= 1.0, f"data.crop_margin must be at least 1, got {self.crop_margin}")
+        require(self.seed >= 0, f"data.seed must not be negative, got {self.seed}")
         for name in ("train_images", "val_images", "num_classes"):
             value = getattr(self, name)
             require(value is None or value > 0, f"data.{name} must be positive, got {value}")
@@ -197,6 +202,27 @@ class TokenizerTrainConfig:
     def __post_init__(self) -> None:
         require(self.steps >= 1, f"tokenizer_train.steps must be at least 1, got {self.steps}")
         require(self.batch >= 1, f"tokenizer_train.batch must be at least 1, got {self.batch}")
+        require(self.clip > 0, f"tokenizer_train.clip must be positive, got {self.clip}")
+        require(self.seed >= 0, f"tokenizer_train.seed must not be negative, got {self.seed}")
+        _check_betas(self.betas, "tokenizer_train.betas")
+        for name in ("log_every", "checkpoint_every", "eval_images"):
+            require(
+                getattr(self, name) >= 1,
+                f"tokenizer_train.{name} must be at least 1, got {getattr(self, name)}",
+            )
+        for name in (
+            "revive_every",
+            "warmup",
+            "weight_decay",
+            "pixel_l1",
+            "pixel_l2",
+            "codebook",
+            "perceptual",
+        ):
+            require(
+                getattr(self, name) >= 0,
+                f"tokenizer_train.{name} must not be negative, got {getattr(self, name)}",
+            )
         require(
             0 <= self.autoencode_steps < self.steps,
             f"tokenizer_train.autoencode_steps must be 0 to steps - 1, got {self.autoencode_steps}",
@@ -312,6 +338,12 @@ class TrainConfig:
         )
         require(self.batch >= 1, f"train.batch must be at least 1, got {self.batch}")
         require(self.lr is None or self.lr > 0, f"train.lr must be positive, got {self.lr}")
+        require(self.clip > 0, f"train.clip must be positive, got {self.clip}")
+        require(self.eps > 0, f"train.eps must be positive, got {self.eps}")
+        _check_betas(self.betas, "train.betas")
+        for name in ("weight_decay", "weight_decay_end", "lr_start", "lr_end"):
+            value = getattr(self, name)
+            require(value is None or value >= 0, f"train.{name} must not be negative, got {value}")
         near = difflib.get_close_matches(self.schedule, SCHEDULES, n=1)
         require(
             self.schedule in SCHEDULES or re.fullmatch(r"lin0\.\d+", self.schedule) is not None,
@@ -339,6 +371,10 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         require(self.points >= 1, f"evaluation.points must be at least 1, got {self.points}")
+        require(
+            self.images is None or self.images >= 1,
+            f"evaluation.images must be at least 1, got {self.images}",
+        )
         require(0 < self.first <= 1, f"evaluation.first must be in (0, 1], got {self.first}")
 
 
@@ -416,11 +452,18 @@ class SamplingConfig:
     """The pictures that a finished run leaves beside its numbers."""
 
     images: int = 16
+    """0 for none."""
     guidance: float = 1.5
     """Classifier-free guidance; it rises linearly over the scales, as published."""
     top_k: int = 0
     top_p: float = 0.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.images >= 0, f"sampling.images must not be negative, got {self.images}")
+        require(self.guidance >= 0, f"sampling.guidance must not be negative, got {self.guidance}")
+        require(self.top_k >= 0, f"sampling.top_k must not be negative, got {self.top_k}")
+        require(0 <= self.top_p <= 1, f"sampling.top_p must be 0 to 1, got {self.top_p}")
 
 
 @dataclass(frozen=True)
@@ -452,4 +495,7 @@ class LaunchConfig:
             self.micro_batch is None or self.micro_batch >= 1,
             f"launch.micro_batch must be at least 1, got {self.micro_batch}",
         )
+        for name in ("threads", "runs_at_once"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"launch.{name} must be at least 1, got {value}")
         require(self.log_every >= 1, f"launch.log_every must be at least 1, got {self.log_every}")

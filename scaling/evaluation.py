@@ -72,13 +72,15 @@ def evaluate(
     images: int | None,
     batch: int,
 ) -> Evaluation:
-    """Evaluate ``model`` on the first ``images`` of the split (all when None).
+    """Evaluate ``model`` on ``images`` of the split (all when None), spread evenly over it.
 
-    Every process must call it; every process gets the same result.
+    Spread, since an image folder is sorted by class. Every process must call it, with the bare model:
+    a wrapped one exchanges buffers, and waits for ever for a process that has no images. Every process
+    gets the same result.
     """
     count = split.images if images is None else min(images, split.images)
     rank, world = accelerator.process_index, accelerator.num_processes
-    mine = np.arange(rank, count, world)
+    mine = (np.arange(count) * split.images // count)[rank::world]
     inputs = FAMILIES[family].inputs
     training = model.training
     model.eval()

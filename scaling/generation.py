@@ -162,7 +162,8 @@ def sample_run(
     for label in chosen:
         if not 0 <= label < known:
             raise ConfigError(f"class {label} is not one of the run's {known} classes (0 to {known - 1})")
-    tokenizer = load_tokenizer(tokenizer_folder / "tokenizer")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, tokenizer = model.to(device), load_tokenizer(tokenizer_folder / "tokenizer").to(device)
     sampling = SamplingConfig(images=count, guidance=cfg, top_k=top_k, top_p=top_p, seed=seed)
     labels = [chosen[i % len(chosen)] for i in range(count)]
     images = sample_images(model, tokenizer, labels, sampling)

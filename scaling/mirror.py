@@ -68,5 +68,5 @@ def _has_key() -> bool:
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
     try:
         return host is not None and netrc.netrc().authenticators(host) is not None
-    except FileNotFoundError:
+    except (OSError, netrc.NetrcParseError):
         return False

@@ -34,12 +34,12 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-from scaling.records import RecordsError, RunFolder
+from scaling.records import FolderBusyError, RecordsError, RunFolder
 from scaling.schema import ConfigError
 
 DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 3
@@ -126,7 +126,7 @@ class JobProcess:
             elif isinstance(error, Interrupted | KeyboardInterrupt):
                 self._finish("interrupted")
             else:
-                self._fail(one_line(error))
+                self._fail(error)
         finally:
             self._stack.close()
 
@@ -136,11 +136,13 @@ class JobProcess:
                 if not self._peer_failed():
                     self.folder.set_status(state, **self._facts)
 
-    def _fail(self, text: str) -> None:
+    def _fail(self, error: BaseException) -> None:
         with self._guard:
             if not self._peer_failed():
                 try:
-                    self.folder.set_status("failed", error=text, **self._facts)
+                    self.folder.set_status(
+                        "failed", error=one_line(error), exit_code=exit_code(error), **self._facts
+                    )
                 except OSError as problem:
                     if not disk_full(problem):  # of a full disk the one line on stderr tells already
                         print(
@@ -214,6 +216,30 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, ConfigError | RecordsError):
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def exit_code(error: BaseException) -> int:
+    """``REFUSED`` for what a person can remove, else ``FAILED``."""
+    return REFUSED if isinstance(error, ConfigError | RecordsError) or disk_full(error) else FAILED
+
+
+@contextlib.contextmanager
+def recorded_failure(folder: RunFolder) -> Iterator[None]:
+    """Write into ``status.json`` what goes wrong before the job proper, and what it means.
+
+    The exit code of a job that several processes share is their launcher's own, and its output ends with
+    that launcher's summary, so the reason must not be looked for there.
+    """
+    try:
+        yield
+    except (Interrupted, KeyboardInterrupt, FolderBusyError):
+        raise
+    except Exception as error:
+        with contextlib.suppress(
+            OSError, RecordsError
+        ):  # a full disk, or no folder: stderr has it all the same
+            folder.set_status("failed", error=one_line(error), exit_code=exit_code(error))
+        raise
 
 
 def run_job(main: Callable[[], None]) -> int:

@@ -113,12 +113,18 @@ class RunFolder:
     # -- metrics -----------------------------------------------------------------------------
 
     def append(self, record: dict[str, Any]) -> None:
-        """Append one line and hand it to the operating system."""
+        """Append one line and hand it to the operating system; a number that is none becomes null."""
         if self._metrics is None:
             self.path.mkdir(parents=True, exist_ok=True)
             self._metrics = (self.path / "metrics.jsonl").open("a", encoding="utf-8")
-        self._metrics.write(json.dumps(record) + "\n")
+        plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        self._metrics.write(json.dumps(plain, allow_nan=False) + "\n")
         self._metrics.flush()
+
+    def sync(self) -> None:
+        """Flush the appended lines to the disk."""
+        if self._metrics is not None:
+            os.fsync(self._metrics.fileno())
 
     def metrics(self, kind: str | None = None) -> list[dict[str, Any]]:
         """All complete lines in order, of one kind if given.
@@ -178,6 +184,7 @@ class RunFolder:
         known = self.status()
         if state in ("running", "done"):
             known.pop("error", None)
+            known.pop("exit_code", None)
         write_json(self.path / "status.json", known | more | {"state": state, "heartbeat": time.time()})
 
     @contextlib.contextmanager

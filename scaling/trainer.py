@@ -21,11 +21,18 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from scaling import flops
-from scaling.checkpoint import load_checkpoint, optimizer_tensors, restore_optimizer, save_checkpoint
+from scaling.checkpoint import (
+    load_checkpoint,
+    optimizer_tensors,
+    restore_optimizer,
+    save_checkpoint,
+    sync_file,
+)
 from scaling.clock import Clock, device_name, peak_memory
 from scaling.config import ConfigError, LaunchConfig, RunConfig, from_dict
 from scaling.data.cache import CachedSplit, TokenCache, open_cache
@@ -36,7 +43,7 @@ from scaling.families.registry import FAMILIES, build
 from scaling.families.var import VAR
 from scaling.generation import sample_grid
 from scaling.mirror import Mirror
-from scaling.process import Interrupted, JobProcess, run_job
+from scaling.process import Interrupted, JobProcess, recorded_failure, run_job
 from scaling.records import RunFolder, finite, read_json
 from scaling.schedule import learning_rate, weight_decay
 from scaling.tokenizer.vqvae import Tokenizer, load_tokenizer
@@ -77,11 +84,14 @@ def train(
             if done in eval_steps:
                 with clock.paused():
                     evaluation = evaluate(
-                        state.model, state.quantizer, val_split, accelerator, family=config.model.family,
+                        state.bare, state.quantizer, val_split, accelerator, family=config.model.family,
                         scales=config.model.scales, images=config.evaluation.images,
                         batch=launch.micro_batch or EVAL_BATCH,
                     )  # fmt: skip
-                mirror.log(evaluation_record(config, done, train_split.images) | evaluation.record())
+                record = evaluation_record(config, done, train_split.images) | evaluation.record()
+                if not finite(record["loss_avg"]):
+                    raise TrainingError(f"the validation loss became {record['loss_avg']} at step {done}")
+                mirror.log(record)
             leave, due = agree(accelerator, done, job.should_stop(), clock.checkpoint_due())
             if (leave or due) and done < total:
                 with clock.paused():
@@ -133,6 +143,7 @@ class State:
                 "model": {n: t.detach() for n, t in self.bare.state_dict().items()},
                 "optimizer": optimizer_tensors(self.optimizer.optimizer, self.names),
             }
+            folder.sync()  # lines behind the checkpoint would never be written again
             save_checkpoint(folder.checkpoints, step, tensors, facts)
         self.accelerator.wait_for_everyone()
 
@@ -274,7 +285,8 @@ def evaluation_record(config: RunConfig, done: int, images: int) -> dict[str, An
         **spent,
         "params": flops.params(config.model),
         "params_total": flops.params_total(config.model),
-        "unique_tokens": images * config.model.seq_len,
+        # Another crop of an image is another token sequence.
+        "unique_tokens": min(spent["tokens"], images * config.data.views * config.model.seq_len),
         "flops_6nd": flops.flops_6nd(config.model, spent["tokens"]),
     }
 
@@ -300,7 +312,10 @@ def finish(
     target.parent.mkdir(exist_ok=True)
     aside = target.with_suffix(".tmp")
     save_file({n: t.detach().cpu().contiguous() for n, t in state.bare.state_dict().items()}, aside)
+    sync_file(aside)
     aside.replace(target)
+    if launch.sampling.images == 0:
+        return
     state.bare.eval()
     assert isinstance(state.bare, VAR)
     sample_grid(state.bare, tokenizer, launch.sampling, config.model.num_classes, folder.path / "samples.png")
@@ -309,7 +324,7 @@ def finish(
 def machine_facts(
     config: RunConfig, launch: LaunchConfig, accelerator: Accelerator, clock: Clock
 ) -> dict[str, Any]:
-    """What this machine took, for the calibration of the next plan."""
+    """What this machine took, for ``status.json``."""
     facts: dict[str, Any] = {
         "device": device_name(accelerator.device),
         "threads": torch.get_num_threads(),
@@ -318,9 +333,7 @@ def machine_facts(
         "peak_memory": peak_memory(accelerator.device),
     }
     if clock.steps_per_second is not None:
-        images_per_second = clock.steps_per_second * config.train.batch
-        facts["train_flops_per_second"] = images_per_second * flops.train_flops(config.model)
-        facts["images_per_second"] = images_per_second
+        facts["images_per_second"] = clock.steps_per_second * config.train.batch
     return facts
 
 
@@ -336,7 +349,7 @@ def make_accelerator(config: RunConfig, launch: LaunchConfig, folder: RunFolder)
         raise ConfigError("launch.device is cuda, but torch sees no GPU here")
     if precision == "fp16" and cpu:
         raise ConfigError("train.precision fp16 needs a GPU; use fp32 or bf16 on a CPU")
-    if precision == "bf16" and cpu and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if precision == "bf16" and cpu and not _fast_bf16():
         print(
             "warning: this CPU emulates bf16, many times slower than fp32; consider --train.precision fp32",
             file=sys.stderr,
@@ -346,7 +359,14 @@ def make_accelerator(config: RunConfig, launch: LaunchConfig, folder: RunFolder)
         mixed_precision="no" if precision == "fp32" else precision,
         log_with=None if launch.wandb == "off" else "wandb",
         project_dir=folder.path,
+        # The model's buffers are constants: nothing to exchange before every step.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
+
+
+def _fast_bf16() -> bool:
+    """Whether this CPU has bf16 instructions, as far as torch can tell."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def main() -> None:
@@ -357,13 +377,15 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, required=True, help="the tokenizer run's folder")
     args = parser.parse_args()
     folder = RunFolder(args.folder)
-    config = from_dict(RunConfig, folder.config())
-    launch = from_dict(LaunchConfig, read_json(folder.path / "launch.json"))
-    if launch.threads is not None:
-        torch.set_num_threads(launch.threads)
-    tokenizer = load_tokenizer(args.tokenizer / "tokenizer")
-    cache = open_cache(args.tokens, tokenizer_hash=tokenizer.content_hash)
-    train(folder, config, launch, cache, tokenizer)
+    with recorded_failure(folder):
+        config = from_dict(RunConfig, folder.config())
+        launch = from_dict(LaunchConfig, read_json(folder.path / "launch.json"))
+        if launch.threads is not None:
+            torch.set_num_threads(launch.threads)
+        torch.backends.cudnn.allow_tf32 = False  # φ decides tokens' inputs: the same on every device
+        tokenizer = load_tokenizer(args.tokenizer / "tokenizer")
+        cache = open_cache(args.tokens, tokenizer.content_hash, config.model.scales)
+        train(folder, config, launch, cache, tokenizer)
 
 
 if __name__ == "__main__":

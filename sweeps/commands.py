@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -70,6 +71,7 @@ def launch(made: Plan, jobs: Sequence[Job], check_data: Callable[[DataConfig], o
     if any(job.state != "done" for job in made.jobs[:2]):
         check_data(made.data)
     made.write()
+    jobs = recheck_tokens(jobs)
     display = Progress(out, len(made.allotment.slots))
     scheduler = Scheduler(
         jobs, made.allotment.slots, on_tick=display.update, on_done=lambda state: _calibrate(made, state)
@@ -81,6 +83,18 @@ def launch(made: Plan, jobs: Sequence[Job], check_data: Callable[[DataConfig], o
         result = scheduler.run()
     _tell(result, out)
     return result
+
+
+def recheck_tokens(jobs: Sequence[Job]) -> list[Job]:
+    """The jobs, the token cache looked through byte by byte when anything is to be trained from it.
+
+    A damaged shard is found by its checksum and encoded again, a cache of another tokenizer refused. So is
+    a finished cache when it is asked for alone.
+    """
+    runs = [job for job in jobs if job.kind == "run"]
+    if runs and all(job.state == "done" for job in runs):
+        return list(jobs)
+    return [replace(job, recheck=job.kind == "tokens") for job in jobs]
 
 
 def show_status(sweep: Path, as_json: bool) -> int:
@@ -166,7 +180,7 @@ def _tell(result: Result, out: Console) -> None:
         out.print(text, highlight=False, markup=False, soft_wrap=True)
 
     if result.interrupted:
-        say("stopped; checkpoints are written, the same command goes on from them")
+        say("stopped; the same command goes on from the last checkpoints")
         return
     for state in result.failed:
         say(f"\n{state.job.name}: {state.phase}: {state.reason}")

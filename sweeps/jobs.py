@@ -63,6 +63,8 @@ class Job:
     seconds: float | None = None
     """Expected, when the machine was measured."""
     config: RunConfig | None = None
+    recheck: bool = False
+    """Started even when it is done: it looks through what it has left and mends it."""
 
     @property
     def name(self) -> str:

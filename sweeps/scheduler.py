@@ -51,6 +51,8 @@ class JobState:
     """Unix time of the start by this launcher."""
     seconds: float = 0.0
     """From start to end, once it has ended."""
+    heartbeat: float | None = None
+    """Of the status before this start: an unchanged one says nothing about this attempt."""
     from_scratch: bool = False
     """Started by this launcher with nothing done before."""
     slot: int | None = None
@@ -119,7 +121,10 @@ class Scheduler:
     _stopping: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
-        self.states = [JobState(job, "done" if job.state == "done" else "waiting") for job in self.jobs]
+        self.states = [
+            JobState(job, "done" if job.state == "done" and not job.recheck else "waiting")
+            for job in self.jobs
+        ]
 
     def run(self) -> Result:
         """Start, watch and collect until the end.
@@ -158,7 +163,7 @@ class Scheduler:
     def _start_if_free(self, state: JobState) -> None:
         """Start the job unless all places are taken or another process works on it."""
         recorded = state.job.state
-        if recorded == "done":
+        if recorded == "done" and not state.job.recheck:
             self._end(state, "done")
             return
         used = {s.slot for s in self.states}
@@ -182,6 +187,7 @@ class Scheduler:
         if self.slots[slot]:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(self.slots[slot])
         state.from_scratch = job.folder.status().get("attempt", 0) == 0
+        state.heartbeat = job.folder.status().get("heartbeat")
         with state.log.open("ab") as log:
             state.log_start = log.tell()
             log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(job.command)}\n".encode())
@@ -206,12 +212,19 @@ class Scheduler:
             state.code = state.process.returncode
             state.seconds = time.time() - (state.started or time.time())
             state.process, state.slot = None, None
-            recorded = str(state.job.state)
+            status = state.job.folder.status()
+            fresh = status.get("heartbeat") != state.heartbeat
+            recorded = str(state.job.state) if fresh else "silent"
+            if recorded == "failed" and "exit_code" in status:
+                state.code = int(status["exit_code"])  # several processes end with their launcher's own code
+            asked = self._stopping and state.code in (-signal.SIGTERM, -signal.SIGINT)
             if recorded == "done":
                 self._end(state, "done")
                 self.on_done(state)
-            elif state.code == INTERRUPTED or recorded == "interrupted":
+            elif state.code == INTERRUPTED or recorded == "interrupted" or asked:
                 state.reason = "was asked to leave"
+                if recorded != "interrupted":  # while it was still starting
+                    state.job.folder.set_status("interrupted")
                 self._end(state, "interrupted")
             elif state.code == REFUSED and state.job.folder.busy():
                 state.phase = "elsewhere"

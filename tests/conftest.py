@@ -6,3 +6,9 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
+
+from hypothesis import settings
+
+# No deadline: these machines are noisy, and a slow example says nothing about a law.
+settings.register_profile("laws", deadline=None)
+settings.load_profile("laws")

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from scaling.config import LaunchConfig, TokenizerRunConfig, from_dict
 from scaling.data.cache import Encode, Progress, build_cache
 from scaling.data.sources import open_source
-from scaling.process import JobProcess, run_job
+from scaling.process import JobProcess, recorded_failure, run_job
 from scaling.records import RecordsError, RunFolder, read_json
 
 if TYPE_CHECKING:
@@ -46,6 +46,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokenizer", type=Path, required=True, help="the tokenizer run's folder")
     given = parser.parse_args(arguments)
     folder = RunFolder(given.folder)
+    with recorded_failure(folder):
+        encode_folder(folder, given.tokenizer)
+
+
+def encode_folder(folder: RunFolder, tokenizer_run: Path) -> None:
+    """Encode the images of ``folder``'s config with the tokenizer of ``tokenizer_run``."""
     config = from_dict(TokenizerRunConfig, folder.config())
     launch_file = folder.path / "launch.json"
     launch = from_dict(LaunchConfig, read_json(launch_file)) if launch_file.exists() else LaunchConfig()
@@ -59,12 +65,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise RecordsError(f"{launch_file}: device is cuda, and torch finds no GPU here")
     if launch.threads is not None:
         torch.set_num_threads(launch.threads)
+    torch.backends.cudnn.allow_tf32 = False  # a token is an argmin: the same on every device
     state = PartialState(cpu=launch.device == "cpu")
     with JobProcess(folder, is_main=state.is_main_process) as job:
-        tokenizer = load_tokenizer(given.tokenizer / "tokenizer")
+        tokenizer = load_tokenizer(tokenizer_run / "tokenizer")
         if tokenizer.config != config.tokenizer:
             raise RecordsError(
-                f"{given.tokenizer} holds another tokenizer than {folder.path / 'config.json'} says"
+                f"{tokenizer_run} holds another tokenizer than {folder.path / 'config.json'} says"
             )
         started = time.monotonic()
 

@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from scaling.config import TokenizerConfig
 
 Size = tuple[int, int]
+VECTORS_AT_ONCE = 2**16
 
 
 class Phi(nn.Conv2d):
@@ -260,5 +261,11 @@ def _vectors(residual_BCHW: Tensor, size: Size) -> Tensor:
 @torch.no_grad()
 def nearest_codes(vectors_NC: Tensor, codebook_VC: Tensor) -> Tensor:
     """Index (N,) of the code nearest to each vector in squared distance |x|² − 2·x·c + |c|²."""
-    distances_NV = vectors_NC.square().sum(1, keepdim=True) + codebook_VC.square().sum(1)
-    return torch.addmm(distances_NV, vectors_NC, codebook_VC.T, alpha=-2).argmin(1)
+    norms_V = codebook_VC.square().sum(1)
+
+    def nearest(part_nC: Tensor) -> Tensor:
+        distances_nV = part_nC.square().sum(1, keepdim=True) + norms_V
+        return torch.addmm(distances_nV, part_nC, codebook_VC.T, alpha=-2).argmin(1)
+
+    # In parts: all distances of the vectors that seed a large codebook would not fit into memory.
+    return torch.cat([nearest(part_nC) for part_nC in vectors_NC.split(VECTORS_AT_ONCE)])

@@ -13,7 +13,7 @@ Design choices
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -207,9 +207,14 @@ class Stage1:
     # -- the codebook ----------------------------------------------------------------------------
 
     @torch.no_grad()
-    def seed_codebook(self, batches: Iterable[Tensor]) -> None:
-        """Fit the codebook to images: batches (B, 3, H, W) in [−1, 1], this process's share of each."""
-        features = [self.accelerator.gather(self.tokenizer.encode_features(b)) for b in batches]
+    def seed_codebook(self, batches: Iterable[Sequence[Tensor]]) -> None:
+        """Fit the codebook to images.
+
+        Args:
+            batches: this process's share of each, in micro-batches (b, 3, H, W) in [−1, 1].
+        """
+        shares = (torch.cat([self.tokenizer.encode_features(part) for part in parts]) for parts in batches)
+        features = [self.accelerator.gather(share) for share in shares]
         book_VC = seeded_codebook(self.tokenizer.quantize, torch.cat(features), self.config.train.seed)
         # Sums over vectors may round differently on another GPU.
         self.tokenizer.quantize.embedding.weight.copy_(broadcast(book_VC))

@@ -33,7 +33,7 @@ from scaling.checkpoint import load_checkpoint, save_checkpoint
 from scaling.config import ConfigError, LaunchConfig, TokenizerRunConfig, from_dict, identity, require
 from scaling.data.images import ImageSource
 from scaling.data.sources import open_source
-from scaling.process import Interrupted, JobProcess, run_job
+from scaling.process import Interrupted, JobProcess, recorded_failure, run_job
 from scaling.records import RunFolder, read_json
 from scaling.tokenizer import metrics
 from scaling.tokenizer.codebook import hits, perplexity, usage
@@ -57,17 +57,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("folder", type=Path, help="runs/tokenizers/<id>, with config.json and launch.json")
     folder = RunFolder(parser.parse_args(arguments).folder)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    config = from_dict(TokenizerRunConfig, folder.config())
-    launch = from_dict(LaunchConfig, read_json(folder.path / "launch.json"))
-    accelerator = make_accelerator(launch)
-    check(config, accelerator.num_processes)
-    if launch.threads is not None:
-        torch.set_num_threads(launch.threads)
-    try:
-        with JobProcess(folder, is_main=accelerator.is_main_process) as job:
-            train_tokenizer(config, launch, folder, accelerator, job, open_source(config.data))
-    finally:
-        accelerator.end_training()
+    with recorded_failure(folder):
+        config = from_dict(TokenizerRunConfig, folder.config())
+        launch = from_dict(LaunchConfig, read_json(folder.path / "launch.json"))
+        accelerator = make_accelerator(launch)
+        check(config, accelerator.num_processes)
+        if launch.threads is not None:
+            torch.set_num_threads(launch.threads)
+        torch.backends.cudnn.allow_tf32 = False  # a token is an argmin: the same on every device
+        try:
+            with JobProcess(folder, is_main=accelerator.is_main_process) as job:
+                train_tokenizer(config, launch, folder, accelerator, job, open_source(config.data))
+        finally:
+            accelerator.end_training()
 
 
 def make_accelerator(launch: LaunchConfig) -> Accelerator:
@@ -128,6 +130,7 @@ def train_tokenizer(
 
     def checkpoint(step: int) -> None:
         if main_process:
+            folder.sync()
             save_checkpoint(folder.checkpoints, step, trained.tensors(), trained.state())
 
     saved = load_checkpoint(folder.checkpoints)
@@ -144,7 +147,8 @@ def train_tokenizer(
             if step == train.autoencode_steps:
                 count = max(SEED_IMAGES, config.tokenizer.vocab)
                 with contextlib.closing(prefetched(load, 0, -(-count // train.batch), threads)) as seeding:
-                    trained.seed_codebook(to_device(images, accelerator.device) for images in seeding)
+                    device, parts = accelerator.device, launch.micro_batch or train.batch
+                    trained.seed_codebook(to_device(i, device).split(parts) for i in seeding)
             trained.step(step, to_device(batch, accelerator.device), launch.micro_batch)
             done = step + 1
             if done % train.log_every == 0 or done == train.steps:

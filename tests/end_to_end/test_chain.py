@@ -113,6 +113,29 @@ def test_status_and_plan_know_that_all_is_done(unbroken: Path) -> None:
     assert plan["total"]["seconds_to_do"] == 0
 
 
+@pytest.mark.slow
+def test_a_damaged_shard_is_found_and_encoded_again(unbroken: Path) -> None:
+    whole = token_bytes(unbroken)
+    shard = next((unbroken / "runs" / "tokens").glob("*/train-00000.bin"))
+    middle = len(whole[shard.name]) // 2
+    shard.write_bytes(whole[shard.name][:middle] + b"\xff\xff" + whole[shard.name][middle + 2 :])
+    finish(unbroken, "tokenize")
+    assert token_bytes(unbroken) == whole
+
+
+@pytest.mark.slow
+def test_several_processes_go_through_the_launcher(tmp_path: Path) -> None:
+    two = ("--launch.processes", "2", "--depths", "1")
+    refused = subprocess.run(
+        command(tmp_path, "run", *two, "--tokenizer-train.batch", "3"), capture_output=True, text=True
+    )
+    assert refused.returncode == 2
+    assert "tokenizer_train.batch 3 cannot be shared evenly by 2 processes" in refused.stdout
+    finish(tmp_path, "run", *two)
+    (run,) = list_runs(tmp_path / "runs" / "tiny")
+    assert (run.status()["state"], run.status()["processes"]) == ("done", 2)
+
+
 def has_checkpoint(pattern: str) -> Callable[[Path], bool]:
     return lambda folder: any((folder / "runs").glob(pattern))
 

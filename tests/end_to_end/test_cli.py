@@ -118,7 +118,7 @@ def test_a_wrong_command_or_recipe_is_told_with_the_nearest(tmp_path: Path) -> N
 def test_a_wrong_recipe_is_told_with_file_and_line(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     text = (ROOT / "sweeps" / "quickstart.yaml").read_text()
-    file.write_text(text.replace("  lr: 2.0e-3", "  lrate: 2.0e-3"))
+    file.write_text(text.replace("  lr: 2.0e-3   ", "  lrate: 2.0e-3   "))
     line = 1 + [x.strip().startswith("lrate") for x in file.read_text().splitlines()].index(True)
     assert refused("plan", file).startswith(
         f"{file}, line {line} (train.lrate): unknown key 'lrate'; did you mean"

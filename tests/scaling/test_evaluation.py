@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scaling.clock import Clock
-from scaling.evaluation import Evaluation, per_scale, token_losses
+from scaling.config import ModelConfig, TokenizerConfig
+from scaling.evaluation import Evaluation, evaluate, per_scale, token_losses
+from scaling.families.var import VAR
+from scaling.tokenizer.quantizer import MultiScaleQuantizer
 
 SCALES = (1, 2, 3)
 SIZES = np.array([1, 4, 9])
@@ -29,6 +34,29 @@ def test_averages_are_over_tokens_and_standard_errors_over_images(images: int, s
     assert record["error_avg"] == pytest.approx(wrong_nL.mean())
     assert record["loss_avg_se"] == pytest.approx(loss_nL.mean(axis=1).std(ddof=1) / math.sqrt(images))
     assert record["eval_images"] == images
+
+
+def test_a_part_of_the_images_is_spread_over_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An image folder is sorted by class: its first images would be of its first classes only."""
+    asked: list[int] = []
+
+    def tokens(indices: np.ndarray, views: np.ndarray) -> np.ndarray:
+        asked.extend(indices.tolist())
+        return np.zeros((len(indices), 14), dtype=np.uint16)
+
+    split = SimpleNamespace(images=100, labels=np.zeros(100, dtype=np.int64), tokens=tokens)
+    accelerator = SimpleNamespace(
+        process_index=0, num_processes=1, device=torch.device("cpu"), autocast=contextlib.nullcontext
+    )
+    torch.manual_seed(0)
+    model = VAR(ModelConfig.from_depth(1, vocab=8, latent_channels=4, scales=SCALES, num_classes=2))
+    quantizer = MultiScaleQuantizer(TokenizerConfig(vocab=8, latent_channels=4, scales=SCALES))
+    found = evaluate(
+        model, quantizer, split, accelerator, family="var", scales=SCALES, images=7, batch=3  # type: ignore[arg-type]
+    )  # fmt: skip
+    assert asked == [0, 14, 28, 42, 57, 71, 85]
+    assert found.loss_nK.shape == (7, 3)
+    assert model.training
 
 
 def test_one_image_has_no_standard_error() -> None:

@@ -36,6 +36,21 @@ def test_metrics_cut_at_any_byte_are_a_prefix(tmp_path_factory: pytest.TempPathF
     assert len(read) >= text[: cut % (len(text) + 1)].count(b"\n")
 
 
+def test_numbers_that_are_none_are_null_in_json(folder: RunFolder) -> None:
+    folder.append({"kind": "train", "step": 9, "grad_norm": float("inf"), "loss": float("nan"), "lr": 0.5})
+    folder.sync()
+    text = (folder.path / "metrics.jsonl").read_text()
+    assert "Infinity" not in text
+    assert "NaN" not in text
+    assert folder.metrics("train")[-1] == {
+        "kind": "train",
+        "step": 9,
+        "grad_norm": None,
+        "loss": None,
+        "lr": 0.5,
+    }
+
+
 def test_a_broken_line_in_the_middle_is_an_error_with_its_number(folder: RunFolder) -> None:
     file = folder.path / "metrics.jsonl"
     lines = file.read_text().splitlines()

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from scaling import flops
 from scaling.checkpoint import load_checkpoint
-from scaling.config import ConfigError, LaunchConfig, RunConfig
+from scaling.config import ConfigError, LaunchConfig, RunConfig, SamplingConfig
 from scaling.data.cache import open_cache
 from scaling.process import Interrupted, JobProcess
 from scaling.records import RunFolder
@@ -86,7 +86,8 @@ def test_a_run_leaves_its_records(unbroken: RunFolder) -> None:
     assert last["tokens"] == 20 * 8 * 5
     assert last["flops"] == 20 * 8 * flops.train_flops(config.model)
     assert last["params"] == flops.params(config.model)
-    assert last["unique_tokens"] == 30 * 5
+    assert last["unique_tokens"] == 30 * 2 * 5  # two crops of every image
+    assert evaluations[0]["unique_tokens"] == evaluations[0]["tokens"] == 2 * 8 * 5
     assert last["epochs"] == pytest.approx(160 / 30)
     assert len(last["loss_scales"]) == 2
     assert last["loss_avg"] == pytest.approx((last["loss_scales"][0] + 4 * last["loss_scales"][1]) / 5)
@@ -96,7 +97,8 @@ def test_a_run_leaves_its_records(unbroken: RunFolder) -> None:
     status = unbroken.status()
     assert status["state"] == "done"
     assert status["step"] == status["total_steps"] == 20
-    assert status["train_flops_per_second"] > 0
+    assert status["images_per_second"] > 0
+    assert status["peak_memory"] > 0
     assert (unbroken.path / "samples.png").stat().st_size > 0
 
 
@@ -180,6 +182,22 @@ def test_two_processes_equal_one(unbroken: RunFolder, chain: tuple[Path, Path], 
     assert_equal_within_rounding(folder, unbroken)
 
 
+def test_no_pictures_may_be_asked_for(chain: tuple[Path, Path], tmp_path: Path) -> None:
+    launch = dataclasses.replace(tiny.LAUNCH, sampling=SamplingConfig(images=0))
+    folder = run(tmp_path / "run", chain, tiny.run_config(steps=1), launch)
+    assert folder.status()["state"] == "done"
+    assert not (folder.path / "samples.png").exists()
+
+
+def test_a_refusal_before_training_is_recorded(chain: tuple[Path, Path], tmp_path: Path) -> None:
+    folder = tiny.make_run(tmp_path / "run", tiny.run_config())
+    process = start(folder, (tmp_path / "nothing", chain[1]))
+    assert process.wait() == 2
+    status = folder.status()
+    assert (status["state"], status["exit_code"]) == ("failed", 2)
+    assert "no token cache there" in status["error"]
+
+
 def test_bf16_trains(chain: tuple[Path, Path], tmp_path: Path) -> None:
     folder = run(tmp_path / "run", chain, tiny.run_config(precision="bf16", steps=4))
     assert folder.metrics("eval")[-1]["loss_avg"] > 0
@@ -194,7 +212,7 @@ def test_blockwise_attention_changes_only_rounding(
 
 
 def test_a_loss_that_is_no_number_fails_the_run(chain: tuple[Path, Path], tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match=r"the loss became nan at step"):
+    with pytest.raises(TrainingError, match=r"loss became nan at step"):
         run(tmp_path / "run", chain, tiny.run_config(lr=1e30, clip=1e30))
     status = RunFolder(tmp_path / "run").status()
     assert status["state"] == "failed"

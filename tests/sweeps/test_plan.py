@@ -43,7 +43,7 @@ def test_the_numbers_are_those_of_the_closed_forms(tmp_path: Path) -> None:
         assert row.params == flops.params(config.model) == 73728 * row.depth**3
         assert row.flops == flops.train_flops(config.model) * 64 * 300
         assert row.tokens == 300 * 64 * 30
-        assert row.epochs == 300 * 64 / 8192
+        assert row.epochs == 300 * 64 / config.data.train_images
         assert row.state == "waiting"
     assert plan.runs[-1].params / plan.runs[0].params >= 100
 
@@ -188,7 +188,7 @@ def test_times_come_from_the_nearest_depth_measured_on_the_same_device(tmp_path:
     assert plan.runs[1].seconds == pytest.approx(plan.runs[1].flops / 1e9 + 3)
     stage = plan.recipe.tokenizer_train
     assert plan.jobs[0].seconds == pytest.approx(stage.steps * stage.batch / 100)
-    assert plan.jobs[1].seconds == pytest.approx((8192 + 512) / 1000)
+    assert plan.jobs[1].seconds == pytest.approx((plan.data.train_images + plan.data.val_images) / 1000)
     runs = sorted((r.seconds or 0 for r in plan.runs), reverse=True)
     assert plan.seconds == pytest.approx(plan.jobs[0].seconds + plan.jobs[1].seconds + makespan(runs, 4))
 
