@@ -74,13 +74,8 @@ def group_weights(
     return np.concatenate(kept)[:, codes], thrown
 
 
-def expanded_percentile(
-    replicates: Floats, level: float, groups: int, parameters: int
-) -> tuple[Floats, Floats]:
-    """Percentile interval along axis 0, at a level widened for ``groups`` independent units.
-
-    The tail share becomes Φ(−√(G/(G−p)) · t_{G−p}), t the Student quantile of ``level``.
-    """
+def expanded_tail(level: float, groups: int, parameters: int) -> float:
+    """The share of replicates beyond either end: Φ(−√(G/(G−p)) · t_{G−p}), t the Student quantile."""
     from scipy.special import ndtr, stdtrit
 
     freedom = groups - parameters
@@ -88,7 +83,34 @@ def expanded_percentile(
         raise DataError(
             f"intervals of {parameters} parameters need more than {parameters} independent runs, got {groups}"
         )
-    t = stdtrit(freedom, 0.5 + level / 2)
-    tail = float(ndtr(-np.sqrt(groups / freedom) * t))
+    return float(ndtr(-np.sqrt(groups / freedom) * stdtrit(freedom, 0.5 + level / 2)))
+
+
+def unresolved(replicates: int, level: float, groups: int, parameters: int) -> str:
+    """Why so many replicates hold no interval; empty if they do.
+
+    Beyond the outermost replicate nothing is known: with less than one of them in the tail the
+    interval would be their range, whatever the level.
+    """
+    tail = expanded_tail(level, groups, parameters)
+    if tail * replicates >= 1:
+        return ""
+    return (
+        f"{groups} independent runs are too few for a bootstrap interval of {parameters} parameters at "
+        f"{level:.4g} (it would need {1 / tail:.2g} replicates, there are {replicates})"
+    )
+
+
+def expanded_percentile(
+    replicates: Floats, level: float, groups: int, parameters: int
+) -> tuple[Floats, Floats]:
+    """Percentile interval along axis 0, at a level widened for ``groups`` independent units.
+
+    Raises:
+        DataError: fewer groups than parameters + 1, or too few replicates (``unresolved``).
+    """
+    if why := unresolved(len(replicates), level, groups, parameters):
+        raise DataError(why)
+    tail = expanded_tail(level, groups, parameters)
     low, high = np.quantile(replicates, [tail, 1 - tail], axis=0)
     return np.asarray(low), np.asarray(high)

@@ -31,8 +31,8 @@ class Forecast:
     actual: float
     """Mean of the rung's runs."""
     runs: int
-    covered: bool
-    """Whether every run of the rung lies in the interval."""
+    inside: int
+    """How many of the ``runs`` lie in the interval, which is made for one."""
     level: float
     law: PowerLaw
 
@@ -40,6 +40,13 @@ class Forecast:
     def error(self) -> float:
         """predicted/actual − 1."""
         return self.predicted / self.actual - 1
+
+    @property
+    def verdict(self) -> str:
+        """Inside or outside the interval; of several runs, how many were inside."""
+        if self.runs == 1:
+            return "inside" if self.inside else "outside"
+        return f"{self.inside} of {self.runs} runs inside"
 
 
 @dataclass(frozen=True)
@@ -61,15 +68,15 @@ class Backtest:
 
     @property
     def coverage(self) -> float:
-        """Share of forecasts whose interval held what came."""
-        return sum(f.covered for f in self.forecasts) / len(self.forecasts)
+        """Share of the runs that lay in the interval of their rung."""
+        return sum(f.inside for f in self.forecasts) / sum(f.runs for f in self.forecasts)
 
     def summary(self) -> str:
         """One line a forecast."""
         return "\n".join(
             f"x {f.x:.4g} from {f.trained} smaller: {f.predicted:.5g} "
             f"[{f.low:.5g}, {f.high:.5g}] at {f.level:.0%}, "
-            f"reached {f.actual:.5g} ({f.error:+.2%}, {'inside' if f.covered else 'outside'}); {f.law.status}"
+            f"reached {f.actual:.5g} ({f.error:+.2%}, {f.verdict}); {f.law.status}"
             for f in self.forecasts
         )
 
@@ -126,7 +133,7 @@ def backtest(
             found.append(
                 Forecast(
                     float(target), len(np.unique(x_n[seen])), float(said.value[i]), low, high,
-                    float(came.mean()), len(came), bool(((low <= came) & (came <= high)).all()), level, law,
+                    float(came.mean()), len(came), int(((low <= came) & (came <= high)).sum()), level, law,
                 )
             )  # fmt: skip
         return found

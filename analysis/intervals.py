@@ -13,7 +13,8 @@ The law is a line in log space, ``a + α·z`` with ``z = log X − centre``, abo
   is cut into ellipses and any quantity's interval is the union of its range over them. It is
   lopsided where the data are, and reaches the bound L∞ = 0 when they do not exclude it.
 - ``ReplicateInterval``: Huber's loss, or a free offset with several points per run. Expanded
-  percentiles of bootstrap replicates over runs (``analysis.bootstrap``).
+  percentiles of bootstrap replicates over runs (``analysis.bootstrap``), refused where there are
+  too few replicates to resolve them: of five runs always.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Protocol
 
 import numpy as np
 
-from analysis.bootstrap import expanded_percentile
+from analysis.bootstrap import expanded_percentile, unresolved
 from analysis.errors import Floats
 
 Bounds = tuple[Floats, Floats]
@@ -36,6 +37,9 @@ class Interval(Protocol):
     @property
     def method(self) -> str:
         """The method in words."""
+
+    def refusal(self, level: float) -> str:
+        """Why there is none at this level; empty if there is one."""
 
     def params(self, level: float) -> dict[str, tuple[float, float]]:
         """Intervals of alpha, log_beta and, if free, offset."""
@@ -81,10 +85,14 @@ class LineInterval:
     """Degrees of freedom of the contrasts (S, 2)."""
     method: str
 
+    def refusal(self, level: float) -> str:
+        return ""
+
     def params(self, level: float) -> dict[str, tuple[float, float]]:
         t = float(t_quantile(self.freedom(np.array([[0.0, 1.0]])), level)[0])
         half = t * float(np.sqrt(self.cov[1, 1]))
-        q = float(t_quantile(self.freedom(np.array([[1.0, -self.centre]])), level)[0]) ** 2
+        # Fieller's pivot at b = a/α is the contrast a − bα.
+        q = float(t_quantile(self.freedom(np.array([[1.0, -self.a / self.alpha]])), level)[0]) ** 2
         low, high = fieller(np.array([self.a]), np.array([self.alpha]), self.cov[None], np.array([q]))
         return {
             "alpha": (self.alpha - half, self.alpha + half),
@@ -148,7 +156,7 @@ def cluster_line(
         return np.asarray(np.einsum("sgg->s", gram) ** 2 / np.einsum("sgh,sgh->s", gram, gram))
 
     variance = float((e**2).sum() / (len(z) - 2))
-    method = f"Student's t on cluster-robust errors (CR2, Satterthwaite), {len(members)} runs"
+    method = f"Student's t on cluster-robust errors (CR2, Satterthwaite), {len(members)} independent groups"
     return LineInterval(a, alpha, offset, centre, cov, variance, freedom, method)
 
 
@@ -160,8 +168,8 @@ class ProfileInterval:
     """L∞ (S,) -> RSS (S,), θ̂ = (a, α) (S, 2), (JᵀJ)⁻¹ (S, 2, 2)."""
     best: float
     """L∞ at the optimum."""
-    ceiling: float
-    """L∞ lies below this."""
+    ceiling: Callable[[float], float]
+    """RSS -> an L∞ that lies above all with this RSS or a lower one."""
     rss: float
     n: int
     centre: float
@@ -170,21 +178,24 @@ class ProfileInterval:
     def method(self) -> str:
         return f"profile likelihood, {self.n - 3} degrees of freedom (one point per run)"
 
+    def refusal(self, level: float) -> str:
+        return ""
+
     def region(self, level: float) -> tuple[Floats, Floats, Floats, Floats]:
         """L∞ values inside, their θ̂ and (JᵀJ)⁻¹, and what is left of the threshold."""
         freedom = self.n - 3
         # The floor keeps the region of exact data from being smaller than rounding.
         allowed = self.rss * (1 + float(t_quantile(freedom, level)) ** 2 / freedom) + self.n * 1e-20
-        gaps = np.geomspace(1e-4, 1.0, 120) * self.ceiling
-        grid = np.unique(np.append(self.ceiling - gaps, self.best))
-        for _ in range(2):
+        ceiling = self.ceiling(allowed)
+        grid = np.unique(np.append(ceiling * (1 - np.geomspace(1e-6, 1.0, 120)), self.best))
+        for turn in range(4):
             rss, theta, inverse = self.profile(grid)
             inside = np.flatnonzero(rss <= allowed * (1 + 1e-9))
             first, last = inside[0], inside[-1]
             fine = [
                 np.linspace(grid[i], grid[i + 1], 12) for i in (first - 1, last) if 0 <= i < len(grid) - 1
             ]
-            core = np.linspace(grid[first], grid[last], 60)
+            core = np.linspace(grid[first], grid[last], 60 if turn == 0 else 2)
             grid = np.unique(np.concatenate([core, grid[inside], *fine]))
         rss, theta, inverse = self.profile(grid)
         keep = rss <= allowed * (1 + 1e-9)
@@ -238,6 +249,9 @@ class ReplicateInterval:
     def parameters(self) -> int:
         """How many were fitted."""
         return 3 if self.free_offset else 2
+
+    def refusal(self, level: float) -> str:
+        return unresolved(len(self.theta), level, self.groups, self.parameters)
 
     def params(self, level: float) -> dict[str, tuple[float, float]]:
         a, alpha, offset = self.theta.T

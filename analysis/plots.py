@@ -182,7 +182,7 @@ def draw_law(
     x = np.geomspace(low, high, 160)
     inside = (x >= law.x.min() * (1 - 1e-9)) & (x <= law.x.max() * (1 + 1e-9))
     text = f"{name}α = {_short(law.alpha)}"
-    if law.uncertainty is not None:
+    if not law.no_interval(level):
         band = law.predict(x, level, observation)
         shown = np.isfinite(band.high)
         ax.fill_between(x[shown], band.low[shown], band.high[shown], color=colour, alpha=0.14, lw=0)
@@ -295,9 +295,10 @@ def forecast_figure(final: pd.DataFrame, quantity: str, forecasts: Sequence[tupl
             fmt="D", ms=4, color=colour, capsize=3, elinewidth=1.2, zorder=3, label=said,
         )  # fmt: skip
     ax.plot(seen["params"], seen[quantity], "o", ms=5, color=INK, label="used for the fit", zorder=3)
+    mean = " on average" if len(unseen) > 1 else ""
     ax.plot(
         unseen["params"], unseen[quantity], "*", ms=10, mfc=PAPER, mec=INK, zorder=4,
-        label=f"d{int(unseen['depth'].iloc[0])} reached {forecasts[0][1].actual:.4g} (hidden)",
+        label=f"d{int(unseen['depth'].iloc[0])} reached {forecasts[0][1].actual:.4g}{mean} (hidden)",
     )  # fmt: skip
     tops = final.groupby("depth").agg({"params": "first", quantity: "max"})
     label(ax, [(r["params"], r[quantity], f"d{d}", INK) for d, r in tops.iterrows()])
@@ -324,7 +325,7 @@ def _curves(
     ends: dict[int, tuple[float, float, str, str]] = {}
     for _, part in frame.groupby("run", sort=False):
         depth = part["depth"].iloc[0]
-        finished = bool(part["final"].any())
+        finished = part["state"].iloc[0] == "done"
         ax.plot(part[x], part[y], color=colours[depth], lw=1.3, ls="-" if finished else ":")
         mark = "" if finished else " unfinished"
         ends.setdefault(depth, (part[x].iloc[end], part[y].iloc[end], f"d{depth}{mark}", colours[depth]))

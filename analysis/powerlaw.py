@@ -4,8 +4,11 @@
   line of ``log(L − L∞)`` over ``log X``: least squares there, as the paper does, or Huber's loss, summed.
 - With a free offset the residual is ``log L̂ − log L``, never ``log(L − L∞)``, whose scatter
   shrinks by itself as L∞ falls and so pulls L∞ down. Variable projection: the line is solved
-  for at 120 values of L∞ in [0, min L), the best of them and spread-out others start a
-  damped Newton in all three parameters, and the ends must agree.
+  for at 120 values of L∞, the best of them and spread-out others start a damped Newton in all
+  three parameters, and the ends must agree.
+- L∞ is not bounded by the smallest observation, which lies below the law by its noise: of a law
+  that has reached its floor that bound would cut the truth away. L∞ may exceed an observation as
+  far as the objective allows: L̂ > L∞, so one residual alone would cost more beyond (``_ceiling``).
 - A fit that did not converge, or rests at a bound of L∞, says so in ``status``; it is not drawn.
 - Intervals: ``analysis.intervals`` says which method is used when, and why.
 """
@@ -29,8 +32,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 OffsetKind = Literal["none", "fixed", "free"]
-CEILING = 1 - 1e-6
-"""L∞ stays below this share of the smallest loss."""
+NEAREST = 1e-6
+"""L∞ keeps this share of its upper bound away from it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +65,7 @@ class PowerLaw:
     log_beta: float
     """β may lie beyond the range of floats when α is small; its natural log does not."""
     pearson: float
-    """Correlation of log X with log(L − offset)."""
+    """Correlation of log X with log(L − offset), over the points above the offset."""
     objective: float
     """Σ w ρ(r) of the log residuals; ρ = r²/2 or Huber's."""
     residuals: Floats
@@ -89,18 +92,23 @@ class PowerLaw:
 
     @property
     def interval_method(self) -> str:
-        """How ``interval`` and ``predict`` get their bounds."""
-        return self._uncertain().method
+        """How ``interval`` and ``predict`` get their bounds, or why there are none."""
+        return self.uncertainty.method if self.uncertainty else "none: " + _why_none(self)
+
+    def no_interval(self, level: float = 0.95) -> str:
+        """Why there is no interval at this level: Huber's loss, or several points per run with a
+        free offset, fitted without ``bootstrap``; too few runs or replicates. Empty if there is one.
+        """
+        return self.uncertainty.refusal(_level(level)) if self.uncertainty else _why_none(self)
 
     def interval(self, level: float = 0.95) -> dict[str, tuple[float, float]]:
-        """Intervals of the fitted parameters, by name.
+        """Intervals of the fitted parameters, by name, and of ``log_beta`` (β may overflow).
 
         Raises:
-            DataError: Huber's loss, or several points per run with a free offset, fitted
-                without ``bootstrap``.
+            DataError: ``no_interval`` says why.
         """
-        found = self._uncertain().params(_level(level))
-        low, high = found.pop("log_beta")
+        found = self._uncertain(level).params(_level(level))
+        low, high = found["log_beta"]
         with np.errstate(over="ignore"):
             found["beta"] = (float(np.exp(low)), float(np.exp(high)))
         return found
@@ -118,7 +126,7 @@ class PowerLaw:
         """
         at = np.atleast_1d(positive(np.atleast_1d(x), "x"))
         z = np.log(at) - self._centre
-        low, high = self._uncertain().predict(z, _level(level), observation)
+        low, high = self._uncertain(level).predict(z, _level(level), observation)
         return Prediction(at, self.value(at), low, high, level, observation)
 
     @property
@@ -129,16 +137,14 @@ class PowerLaw:
 
     def rows(self, level: float = 0.95) -> list[tuple[str, float, float, float]]:
         """(name, value, low, high) of every parameter; NaN bounds where there is no interval."""
-        try:
-            bounds = self.interval(level)
-        except DataError:
-            bounds = {}
+        bounds = {} if self.no_interval(level) else self.interval(level)
         nothing = (float("nan"), float("nan"))
         return [(name, value, *bounds.get(name, nothing)) for name, value in self.params.items()]
 
     def summary(self, level: float = 0.95) -> str:
         """The fit as text."""
-        method = self.uncertainty.method if self.uncertainty else "none (fit with bootstrap=…)"
+        why = self.no_interval(level)
+        method = f"none: {why}" if why else self.interval_method
         lines = [
             self.equation,
             f"points {len(self.x)}, independent {self.groups}, loss {self.loss_fn}, r {self.pearson:.5f}",
@@ -167,9 +173,9 @@ class PowerLaw:
     def _centre(self) -> float:
         return _centre(np.log(self.x), self.weights)
 
-    def _uncertain(self) -> Interval:
-        if self.uncertainty is None:
-            raise DataError("this law has no interval: " + _why_none(self))
+    def _uncertain(self, level: float) -> Interval:
+        if self.uncertainty is None or self.uncertainty.refusal(_level(level)):
+            raise DataError("this law has no interval: " + self.no_interval(level))
         return self.uncertainty
 
 
@@ -189,7 +195,7 @@ def fit_power_law(
     Args:
         x: the scale X: parameters, FLOPs, tokens; positive.
         y: loss or error rate L; positive.
-        offset: False for none, True for a free L∞ in [0, min L), a number for a fixed one.
+        offset: False for none, True for a free L∞ ≥ 0, a number for a fixed one.
         weights: of the points, e.g. 1/se²; scaled to mean 1.
         groups: the run (or seed) of each point; points of one group are not independent.
         bootstrap: replicates over groups. Needed for intervals with Huber's loss and with a
@@ -200,7 +206,7 @@ def fit_power_law(
 
     Raises:
         DataError: NaN or non-positive values (rows named), too few points or distinct x for
-            the form, points at or below a fixed offset.
+            the form, constant y, points at or below a fixed offset.
     """
     x_n, y_n = positive(x, "x"), positive(y, "y")
     if len(x_n) != len(y_n):
@@ -219,11 +225,14 @@ def fit_power_law(
         raise DataError(f"offset must not be negative, got {fixed}")
     if (y_n <= fixed).any():
         raise DataError(f"y: {rows(y_n <= fixed)} at or below the fixed offset {fixed:g}")
+    if np.ptp(y_n) <= 16 * np.finfo(np.float64).eps * y_n.max():
+        raise DataError("y does not change with x at all: no exponent to fit")
     log_x = np.log(x_n)
     centre = _centre(log_x, w)
     z, log_y = log_x - centre, np.log(y_n - fixed)
+    ceiling = 0.0
     if kind == "free":
-        theta, objective, converged, status = _fit_offset(z, y_n, w, loss_fn, delta)
+        theta, objective, converged, status, ceiling = _fit_offset(z, y_n, w, loss_fn, delta)
     else:
         solution = _fit_line(z, log_y, w[None], loss_fn, delta)
         theta = np.append(solution.theta[0], fixed)
@@ -231,7 +240,7 @@ def fit_power_law(
         status = "converged" if converged else "not converged: the gradient does not vanish"
     a, alpha, L_inf = (float(v) for v in theta)
     if alpha == 0:
-        raise DataError("y does not change with x at all: no exponent to fit")
+        raise DataError("the fitted exponent is exactly 0, so that β is not defined")
     log_beta = a / alpha - centre
     if kind == "free":
         residuals = np.log(L_inf + np.exp(a + alpha * z)) - log_y
@@ -243,7 +252,7 @@ def fit_power_law(
     if bootstrap:
         draws, redrawn = group_weights(codes, bootstrap, seed, x_n, 3 if kind == "free" else 2)
         if kind == "free":
-            found = _polish(z, y_n, draws * w, np.tile(theta, (bootstrap, 1)), loss_fn, delta).theta
+            found = _polish(z, y_n, draws * w, np.tile(theta, (bootstrap, 1)), ceiling, loss_fn, delta).theta
         else:
             line = _fit_line(z, log_y, draws * w, loss_fn, delta).theta
             found = np.column_stack([line, np.full(bootstrap, fixed)])
@@ -268,7 +277,7 @@ def fit_power_law(
         r_a, r_alpha, r_offset = replicates.T
         replicates = np.column_stack([r_alpha, r_a / r_alpha - centre, r_offset])
     return PowerLaw(
-        x_n, y_n, w, G, kind, params, log_beta, _pearson(log_x, np.log(y_n - L_inf), w), objective,
+        x_n, y_n, w, G, kind, params, log_beta, _pearson_above(log_x, y_n, L_inf, w), objective,
         residuals, converged, status, loss_fn, delta, uncertainty, replicates, redrawn,
     )  # fmt: skip
 
@@ -300,6 +309,11 @@ def _pearson(u: Floats, v: Floats, w: Floats) -> float:
     return float((w * u * v).sum() / scale) if scale > 0 else float("nan")
 
 
+def _pearson_above(log_x: Floats, y: Floats, offset: float, w: Floats) -> float:
+    above = y > offset
+    return _pearson(log_x[above], np.log(y[above] - offset), w[above])
+
+
 def _least_squares_line(z: Floats, v_Bn: Floats, w_Bn: Floats) -> Floats:
     """Weighted least squares of v on (1, z): (B, 2), in closed form."""
     total = w_Bn.sum(1)
@@ -329,8 +343,9 @@ def _at_offsets(z: Floats, y: Floats, w: Floats, offset_S: Floats, loss_fn: Loss
     """The line (a, α) at each given L∞, minimising the loss of log L."""
     log_y = np.log(y)
     w_Sn = np.broadcast_to(w, (len(offset_S), len(z)))
-    gap = y - offset_S[:, None]
-    # Weights gap²/y² make this start the first Newton step on log L.
+    # Weights gap²/y² make this start the first Newton step on log L; points at or below L∞, where
+    # the line has no logarithm, weigh next to nothing.
+    gap = np.maximum(y - offset_S[:, None], NEAREST * y)
     start = _least_squares_line(z, np.log(gap), w_Sn * (gap / y) ** 2)
 
     def model(theta_BP: Floats, which: np.ndarray) -> tuple[Floats, Floats]:
@@ -364,13 +379,27 @@ def _offset_model(z: Floats, log_y: Floats, ceiling: float) -> Model:
     return model
 
 
-def _polish(z: Floats, y: Floats, w_Bn: Floats, theta_BP: Floats, loss_fn: LossFn, delta: float) -> Solution:
-    """All of (a, α, L∞) from the given starts, L∞ in [0, ceiling]."""
-    ceiling = float(y.min()) * CEILING
+def _ceiling(y: Floats, w: Floats, objective: float, loss_fn: LossFn, delta: float) -> float:
+    """An L∞ that no fit with this objective or a lower one can reach.
+
+    L̂ > L∞, so w ρ(log L∞ − log y) of any one point below L∞ is less than the objective. Never
+    above the weighted geometric mean, where the law is a constant.
+    """
+    one = objective / w
+    residual = np.sqrt(2 * one)
+    if loss_fn == "huber":
+        residual = np.where(residual <= delta, residual, one / delta + delta / 2)
+    return float(np.exp(min((np.log(y) + residual).min(), (w * np.log(y)).sum() / w.sum())))
+
+
+def _polish(
+    z: Floats, y: Floats, w_Bn: Floats, theta_BP: Floats, ceiling: float, loss_fn: LossFn, delta: float
+) -> Solution:
+    """All of (a, α, L∞) from the given starts, L∞ in [0, ceiling)."""
     a, alpha, E = theta_BP.T
     level = E + np.exp(a)
     start = np.column_stack([np.log(level), alpha * (1 - E / level), np.log1p(-E / ceiling)])
-    lower, upper = np.array([-np.inf, -np.inf, np.log(1e-6)]), np.array([np.inf, np.inf, 0.0])
+    lower, upper = np.array([-np.inf, -np.inf, np.log(NEAREST)]), np.array([np.inf, np.inf, 0.0])
     model = _offset_model(z, np.log(y), ceiling)
     end = minimise(model, np.clip(start, lower, upper), w_Bn, loss_fn, delta, lower, upper)
     c, g, v = end.theta.T
@@ -381,34 +410,40 @@ def _polish(z: Floats, y: Floats, w_Bn: Floats, theta_BP: Floats, loss_fn: LossF
 
 def _fit_offset(
     z: Floats, y: Floats, w: Floats, loss_fn: LossFn, delta: float
-) -> tuple[Floats, float, bool, str]:
-    """Variable projection over L∞, then Newton from eight starts; θ, objective, converged, status."""
-    ceiling = y.min() * CEILING
-    grid = np.append(ceiling - np.geomspace(1e-4, 1.0, 119) * ceiling, 0.0)
+) -> tuple[Floats, float, bool, str, float]:
+    """Variable projection over L∞, then Newton from eight starts.
+
+    Returns θ, objective, converged, status, and the upper bound that L∞ had.
+    """
+    shares = np.append(1 - np.geomspace(NEAREST, 1.0, 119), 0.0)
+    below = _at_offsets(z, y, w, shares * y.min(), loss_fn, delta)
+    # Four times the objective: twice the residual, so that resamples are not cut either.
+    ceiling = _ceiling(y, w, 4 * float(below.objective.min()), loss_fn, delta)
+    grid = shares * ceiling
     line = _at_offsets(z, y, w, grid, loss_fn, delta)
     order = np.argsort(line.objective, kind="stable")
-    # Spread starts from 1 % below the smallest loss to 0; nearer to it the descent only crawls.
-    chosen = np.unique(np.concatenate([order[:2], np.linspace(len(grid) // 2, len(grid) - 1, 6).astype(int)]))
+    # Spread starts from far enough below the bound to 0; nearer to it the descent only crawls.
+    chosen = np.unique(
+        np.concatenate([order[:2], np.linspace(len(grid) * 2 // 3, len(grid) - 1, 6).astype(int)])
+    )
     starts = np.column_stack([line.theta[chosen], grid[chosen]])
-    end = _polish(z, y, np.broadcast_to(w, (len(chosen), len(z))), starts, loss_fn, delta)
+    end = _polish(z, y, np.broadcast_to(w, (len(chosen), len(z))), starts, ceiling, loss_fn, delta)
     best = int(np.argmin(end.objective))
     objective = float(end.objective[best])
     agree = int((end.objective <= objective * (1 + 1e-6) + 1e-20).sum())
     theta = end.theta[best]
+    converged = False
     if not end.converged[best]:
-        return theta, objective, False, "not converged: the gradient does not vanish at the best point found"
-    if end.at_lower[best, 2]:
-        return theta, objective, False, "no offset found: the best L∞ rests at its lower bound 0"
-    if end.at_upper[best, 2]:
-        return theta, objective, False, "no offset found: L∞ runs into the smallest loss"
-    if agree < 2:
-        return (
-            theta,
-            objective,
-            False,
-            f"not converged: only 1 of {len(chosen)} starts reached the best value",
-        )
-    return theta, objective, True, f"converged ({agree} of {len(chosen)} starts agree)"
+        status = "not converged: the gradient does not vanish at the best point found"
+    elif end.at_lower[best, 2]:
+        status = "no offset found: the best L∞ rests at its lower bound 0"
+    elif end.at_upper[best, 2]:
+        status = "no offset found: L∞ runs into its upper bound, beyond the smallest loss"
+    elif agree < 2:
+        status = f"not converged: only 1 of {len(chosen)} starts reached the best value"
+    else:
+        converged, status = True, f"converged ({agree} of {len(chosen)} starts agree)"
+    return theta, objective, converged, status, ceiling
 
 
 def _profile(z: Floats, y: Floats, w: Floats, best: float, rss: float, centre: float) -> ProfileInterval:
@@ -419,9 +454,20 @@ def _profile(z: Floats, y: Floats, w: Floats, best: float, rss: float, centre: f
         )
         J = np.stack([share, share * z], 2)
         information = np.einsum("n,snp,snq->spq", w, J, J)
-        return 2 * line.objective, line.theta, np.linalg.inv(information)
+        return 2 * line.objective, line.theta, _inverse(information)
 
-    return ProfileInterval(profile, best, float(y.min() * CEILING), rss, len(z), centre)
+    def ceiling(rss: float) -> float:
+        return _ceiling(y, w, rss / 2, "squared", 1.0)
+
+    return ProfileInterval(profile, best, ceiling, rss, len(z), centre)
+
+
+def _inverse(information_SPP: Floats) -> Floats:
+    """Scaled to a unit diagonal first; a law that falls only before its second point is nearly singular."""
+    scale = np.sqrt(np.einsum("spp->sp", information_SPP)) + np.finfo(np.float64).tiny
+    outer = scale[:, :, None] * scale[:, None, :]
+    scaled = information_SPP / outer + 1e-14 * np.eye(scale.shape[1])
+    return np.asarray(np.linalg.inv(scaled) / outer)
 
 
 def _level(level: float) -> float:

@@ -10,7 +10,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scaling.records import RecordsError, RunFolder, list_runs
+from scaling.records import RecordsError, RunFolder, list_runs, read_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,6 +23,8 @@ NUMBERS = (
 """Columns that every evaluation has (DESIGN's words and units)."""
 LISTS = ("loss_scales", "error_scales")
 """Per-scale columns, coarse to fine."""
+QUANTITIES = ("loss_last", "loss_avg", "error_last", "error_avg")
+"""Columns that laws are fitted to."""
 FACTS = ("run", "family", "depth", "width", "seed", "state", "final")
 COLUMNS = (*FACTS, *NUMBERS, *LISTS)
 
@@ -63,8 +65,9 @@ def read_sweep(sweep_folder: str | Path) -> tuple[pd.DataFrame, list[dict[str, A
 
     rows: list[dict[str, Any]] = []
     runs: list[dict[str, Any]] = []
-    notes: list[str] = []
-    for folder in list_runs(sweep_folder):
+    folders = list_runs(sweep_folder)
+    notes = _gone(Path(sweep_folder), {folder.name for folder in folders})
+    for folder in folders:
         facts, found = _load_run(folder)
         runs.append(facts)
         rows += found
@@ -75,6 +78,17 @@ def read_sweep(sweep_folder: str | Path) -> tuple[pd.DataFrame, list[dict[str, A
     frame = pd.DataFrame(rows, columns=list(COLUMNS))
     frame.attrs["notes"] = notes
     return frame, runs
+
+
+def _gone(sweep: Path, found: set[str]) -> list[str]:
+    """A note on every run that sweep.json lists and that is not there."""
+    file = sweep / "sweep.json"
+    listed = read_json(file).get("runs", []) if file.exists() else []
+    return [
+        f"{name} is listed in sweep.json, but its folder or its config.json is not there; left out"
+        for name in listed
+        if name not in found
+    ]
 
 
 def _load_run(folder: RunFolder) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -116,11 +130,15 @@ def _load_run(folder: RunFolder) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     else:
         rows[-1]["final"] = True
     for row in rows:
-        bad = [k for k in ("loss_avg", "loss_last", "error_avg", "error_last") if not math.isfinite(row[k])]
-        if bad:
-            notes.append(
-                f"{folder.name}, step {row['step']}: {', '.join(bad)} not finite; left out of every law"
-            )
+        for word, bad in (
+            ("not finite", [k for k in QUANTITIES if not math.isfinite(row[k])]),
+            ("0 or less, which has no logarithm", [k for k in QUANTITIES if row[k] <= 0]),
+        ):
+            if bad:
+                notes.append(
+                    f"{folder.name}, step {row['step']}: {', '.join(bad)} {word}; left out of the laws "
+                    f"of {'it' if len(bad) == 1 else 'them'}"
+                )
     return facts | {"notes": notes, "evaluations": len(rows), "status": status, "config": config}, rows
 
 

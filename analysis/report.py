@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from analysis import findings, plots
-from analysis.study import Law, Study, finite_rows, make_study
+from analysis.study import Law, Study, make_study, usable
 from scaling.records import RecordsError, RunFolder, read_json, write_atomic, write_json
 
 PICTURE_BYTES = 400_000
@@ -84,6 +84,8 @@ def make_report(sweep_folder: str | Path, flops: Literal["flops", "flops_6nd"] =
         autoescape=lambda name: name is not None and ".html" in name, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters["md"] = _markdown
+    environment.filters["code"] = _code
+    environment.filters["block"] = _block
     for name in ("report.html", "report.md"):
         write_atomic(target / name, environment.get_template(f"{name}.jinja").render(context))
     return target / "report.html"
@@ -94,9 +96,9 @@ def make_report(sweep_folder: str | Path, flops: Literal["flops", "flops_6nd"] =
 
 def _figures(study: Study) -> Iterator[tuple[str, str, Callable[[], Any]]]:
     """Name, caption and maker of every figure that the records can fill."""
-    frame, final, flops = study.frame, study.final, study.flops
-    good = frame[finite_rows(frame)]
+    frame, flops = study.frame, study.flops
     for quantity in plots.QUANTITIES:
+        final = study.final(quantity)
         if len(final):
             laws = [_named(r) for r in study.laws if r.quantity == quantity and r.x == "params" and r.law]
             yield (
@@ -106,14 +108,15 @@ def _figures(study: Study) -> Iterator[tuple[str, str, Callable[[], Any]]]:
                 partial(plots.params_figure, final, quantity, laws),
             )
     for quantity in plots.QUANTITIES:
+        good = frame[usable(frame, quantity)]
         if len(good):
             laws = [
                 _named(r) for r in study.laws if r.quantity == quantity and r.points == "pareto" and r.law
             ]
             yield (
                 f"{quantity}_vs_compute",
-                "Every evaluation of every run, coloured by depth, and the Pareto frontier with its laws "
-                f"(VAR fig. 6). Compute is {_convention(study)}.",
+                "Every evaluation of every run, coloured by depth, and the Pareto frontier of the runs that "
+                f"did not fail, with its laws (VAR fig. 6). Compute is {_convention(study)}.",
                 partial(
                     plots.compute_figure,
                     good,
@@ -130,9 +133,10 @@ def _figures(study: Study) -> Iterator[tuple[str, str, Callable[[], Any]]]:
                 f"{quantity}_forecast",
                 "The largest depth was hidden, the laws fitted to the others, and the forecast set beside "
                 "what the run reached.",
-                partial(plots.forecast_figure, final, quantity, named),
+                partial(plots.forecast_figure, study.final(quantity), quantity, named),
             )
     for quantity in ("loss_avg", "loss_last"):
+        good = frame[usable(frame, quantity)]
         if len(good):
             yield (
                 f"{quantity}_curves",
@@ -141,11 +145,11 @@ def _figures(study: Study) -> Iterator[tuple[str, str, Callable[[], Any]]]:
             )
     scales = _scales(study)
     for quantity in ("loss", "error"):
-        if len(final) and scales:
+        if len(study.finished) and scales:
             yield (
                 f"{quantity}_by_scale",
                 "Final validation value at each scale of the token pyramid, one line per depth.",
-                partial(plots.scales_figure, final, quantity, scales),
+                partial(plots.scales_figure, study.finished, quantity, scales),
             )
 
 
@@ -235,11 +239,12 @@ def _law_row(row: Law) -> dict[str, Any]:
     law = row.law
     if law is None:
         return cells
-    cells["pearson"], cells["n"] = f"{law.pearson:.4f}", f"{len(law.x)} ({law.groups} runs)"
+    cells["pearson"], cells["n"] = f"{law.pearson:.4f}", f"{len(law.x)} ({law.groups} independent)"
     if not law.converged:
         return cells
-    bounds = law.interval() if law.uncertainty else {}
-    cells["method"] = law.interval_method if law.uncertainty else "none: too few runs"
+    why = law.no_interval()
+    bounds = {} if why else law.interval()
+    cells["method"] = f"no interval: {why}" if why else law.interval_method
     cells["alpha"] = _with_interval(law.alpha, bounds.get("alpha"))
     cells["beta"] = _big(law.log_beta)
     if row.offset:
@@ -266,7 +271,7 @@ def _forecast_rows(study: Study) -> list[dict[str, Any]]:
             "quantity": plots.QUANTITIES[quantity][0], "form": "with offset" if offset else "power law",
             "fitted": f.trained, "predicted": f"{f.predicted:.4f} [{f.low:.4f}, {f.high:.4f}]",
             "actual": f"{f.actual:.4f}", "error": f"{f.error:+.2%}",
-            "covered": "inside" if f.covered else "outside",
+            "covered": f.verdict,
             "status": "converged" if f.law.converged else f.law.status,
         }
         for quantity, found in study.forecasts.items()
@@ -364,3 +369,23 @@ def _picture(file: Path) -> str | None:
 def _markdown(text: Any) -> str:
     """Text for a Markdown table cell or paragraph: nothing in it is markup."""
     return re.sub(r"([\\`*_{}\[\]<>|#])", r"\\\1", str(text)).replace("\n", " ")
+
+
+def _fence(text: str, least: int) -> str:
+    """Backticks, more than ``text`` has in a row anywhere."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    return "`" * max(least, longest + 1)
+
+
+def _code(text: Any) -> str:
+    """Text as Markdown code within a line."""
+    line = " ".join(str(text).split("\n"))
+    fence = _fence(line, 1)
+    pad = " " if "`" in line else ""
+    return f"{fence}{pad}{line}{pad}{fence}"
+
+
+def _block(text: str, language: str) -> str:
+    """Text as a Markdown code block."""
+    fence = _fence(text, 3)
+    return f"{fence}{language}\n{text}\n{fence}"

@@ -2,9 +2,12 @@
 
 The report only words and draws what is here; ``Study.to_json`` is ``fits.json``.
 
-- Laws over N use the last evaluation of every finished run, one point per run.
+- Laws over N use the last evaluation of every finished run. Seeds of one depth share whatever
+  keeps that depth off the law, so where a depth has several, depths are the independent units:
+  groups of the laws without an offset (CR2); with one, the depths' geometric means are fitted.
 - Laws over C use the Pareto frontier (and, beside it, the log-log lower hull) of all
-  evaluations; the points of one run are not independent, so runs are the groups.
+  evaluations of runs that did not fail; runs are the groups. See ``FRONTIER_CAUTION``.
+- A value that has no logarithm is left out of the laws of its quantity, not of the others'.
 """
 
 from __future__ import annotations
@@ -21,17 +24,23 @@ from analysis.errors import DataError
 from analysis.forecast import Forecast, backtest
 from analysis.frontier import Frontier, pareto_frontier
 from analysis.powerlaw import PowerLaw, fit_power_law
-from analysis.records import read_sweep
+from analysis.records import QUANTITIES, read_sweep
 from scaling.records import RecordsError, read_json
 
 if TYPE_CHECKING:
     import pandas as pd
 
-QUANTITIES = ("loss_last", "loss_avg", "error_last", "error_avg")
 Points = Literal["final", "pareto", "hull"]
 LEVEL = 0.95
 REPLICATES = 400
 """Bootstrap over runs, for the free offset along a frontier only."""
+FRONTIER_CAUTION = (
+    "laws over C take the frontier as given: it is not found anew for every resample, most of its points "
+    "lie in the middle of a learning-rate schedule, and their intervals mostly say how far the frontier is "
+    "from a line"
+)
+WORDS = {"loss_last": "last-scale loss", "loss_avg": "average loss"}
+FORMS = {False: "without an offset", True: "with an offset"}
 
 
 @dataclass(frozen=True)
@@ -71,7 +80,8 @@ class Study:
     """By (quantity, pareto or hull)."""
     forecasts: dict[str, tuple[tuple[bool, Forecast], ...]]
     """By quantity: (with offset, the largest depth's forecast)."""
-    forecast_problem: str
+    forecast_problems: tuple[str, ...]
+    """Why a form has no forecast."""
     notes: tuple[str, ...]
 
     @property
@@ -80,10 +90,13 @@ class Study:
         return str(self.sweep.get("name", self.folder.name))
 
     @property
-    def final(self) -> pd.DataFrame:
-        """Last evaluations of finished runs, with finite losses, by growing N."""
-        rows = self.frame[self.frame["final"] & finite_rows(self.frame)]
-        return rows.sort_values(["params", "seed"], kind="stable")
+    def finished(self) -> pd.DataFrame:
+        """Last evaluations of finished runs, by growing N."""
+        return _finished(self.frame)
+
+    def final(self, quantity: str) -> pd.DataFrame:
+        """Those of them whose ``quantity`` a law can be fitted to."""
+        return self.finished[usable(self.finished, quantity)]
 
     def law(self, quantity: str, x: str = "params", points: Points = "final", offset: bool = False) -> Law:
         """The law asked for."""
@@ -97,7 +110,7 @@ class Study:
             {
                 "quantity": quantity, "offset": offset, "hidden_params": f.x, "fitted_on": f.trained,
                 "predicted": f.predicted, "low": f.low, "high": f.high, "level": f.level,
-                "reached": f.actual, "relative_error": f.error, "covered": f.covered,
+                "reached": f.actual, "relative_error": f.error, "runs": f.runs, "inside": f.inside,
                 "converged": f.law.converged, "status": f.law.status,
             }
             for quantity, found in self.forecasts.items()
@@ -117,10 +130,14 @@ class Study:
         return value
 
 
-def finite_rows(frame: pd.DataFrame) -> pd.Series[bool]:
-    """Rows whose losses and errors are positive numbers, as a law needs."""
-    values = frame[list(QUANTITIES)]
-    return ((values > 0) & (values < np.inf)).all(axis=1)
+def usable(frame: pd.DataFrame, quantity: str) -> pd.Series[bool]:
+    """Rows whose ``quantity`` is a positive number, as a law needs."""
+    values = frame[quantity]
+    return (values > 0) & (values < np.inf)
+
+
+def _finished(frame: pd.DataFrame) -> pd.DataFrame:
+    return frame[frame["final"]].sort_values(["params", "seed"], kind="stable")
 
 
 def make_study(sweep_folder: str | Path, flops: Literal["flops", "flops_6nd"] = "flops") -> Study:
@@ -139,14 +156,14 @@ def make_study(sweep_folder: str | Path, flops: Literal["flops", "flops_6nd"] = 
     if len(families) > 1:
         raise RecordsError(f"{folder}: runs of several families ({', '.join(families)}); a sweep has one")
     sweep = read_json(folder / "sweep.json") if (folder / "sweep.json").exists() else {}
-    good = frame[finite_rows(frame)]
-    final = good[good["final"]].sort_values(["params", "seed"], kind="stable")
     laws: list[Law] = []
     frontiers: dict[tuple[str, str], Frontier] = {}
     for quantity in QUANTITIES:
+        final = _finished(frame[usable(frame, quantity)])
         for offset in (False, True):
-            law, problem = _try_fit(final["params"], final[quantity], offset)
+            law, problem = _fit_final(final, quantity, offset)
             laws.append(Law(quantity, "params", "final", offset, law, problem))
+        good = frame[usable(frame, quantity) & (frame["state"] != "failed")]
         for kind in ("pareto", "hull"):
             frontier = pareto_frontier(good[flops], good[quantity], kind)
             frontiers[quantity, kind] = frontier
@@ -154,38 +171,60 @@ def make_study(sweep_folder: str | Path, flops: Literal["flops", "flops_6nd"] = 
             for offset in (False, True) if kind == "pareto" else (False,):
                 law, problem = _try_fit(frontier.x, frontier.y, offset, groups)
                 laws.append(Law(quantity, flops, kind, offset, law, problem))
-    forecasts, problem = _forecasts(final)
-    notes = (*frame.attrs["notes"], *_cautions(frame, final))
-    return Study(folder, sweep, frame, runs, flops, tuple(laws), frontiers, forecasts, problem, notes)
+    forecasts, problems = _forecasts(frame)
+    notes = (*frame.attrs["notes"], *_cautions(frame))
+    return Study(folder, sweep, frame, runs, flops, tuple(laws), frontiers, forecasts, problems, notes)
 
 
-def _try_fit(x: Any, y: Any, offset: bool, groups: Any = None) -> tuple[PowerLaw | None, str]:
+def _fit_final(final: pd.DataFrame, quantity: str, offset: bool) -> tuple[PowerLaw | None, str]:
+    if not final["params"].duplicated().any():
+        return _try_fit(final["params"], final[quantity], offset)
+    if not offset:
+        return _try_fit(final["params"], final[quantity], offset, final["depth"])
+    logs = np.log(final[quantity]).groupby(final["params"])
+    return _try_fit(list(logs.groups), np.exp(logs.mean()), offset, weights=logs.count())
+
+
+def _try_fit(
+    x: Any, y: Any, offset: bool, groups: Any = None, weights: Any = None
+) -> tuple[PowerLaw | None, str]:
     clustered = groups is not None and len(set(groups)) < len(groups)
+    bootstrap = REPLICATES if offset and clustered else 0
     try:
-        return fit_power_law(
-            x, y, offset=offset, groups=groups, bootstrap=REPLICATES if offset and clustered else 0
-        ), ""
+        return fit_power_law(x, y, offset, weights, groups, bootstrap), ""
     except DataError as error:
         return None, str(error)
 
 
-def _forecasts(final: pd.DataFrame) -> tuple[dict[str, tuple[tuple[bool, Forecast], ...]], str]:
+def _forecasts(frame: pd.DataFrame) -> tuple[dict[str, tuple[tuple[bool, Forecast], ...]], tuple[str, ...]]:
     found: dict[str, tuple[tuple[bool, Forecast], ...]] = {}
-    problem = ""
+    problems: dict[str, list[str]] = {}
     for quantity in QUANTITIES:
+        final = _finished(frame[usable(frame, quantity)])
+        several = final["params"].duplicated().any()
         rows: list[tuple[bool, Forecast]] = []
         for offset in (False, True):
+            groups = final["depth"] if several and not offset else None
             try:
-                rows += [(offset, f) for f in backtest(final["params"], final[quantity], offset, level=LEVEL)]
+                said = backtest(final["params"], final[quantity], offset, groups=groups, level=LEVEL)
+                rows += [(offset, f) for f in said]
             except DataError as error:
-                problem = problem or str(error)
+                problems.setdefault(f"{FORMS[offset]}: {error}", []).append(quantity)
         if rows:
             found[quantity] = tuple(rows)
-    return found, problem if not found else ""
+    every = len(QUANTITIES)
+    return found, tuple(p if len(q) == every else f"{p} ({', '.join(q)})" for p, q in problems.items())
 
 
-def _cautions(frame: pd.DataFrame, final: pd.DataFrame) -> Iterator[str]:
+def _cautions(frame: pd.DataFrame) -> Iterator[str]:
     """What weakens the conclusions, in words."""
+    yield FRONTIER_CAUTION
+    states = frame.groupby("run", sort=False)["state"].first()
+    if failed := int((states == "failed").sum()):
+        yield f"the frontiers leave out {failed} failed run{'s' if failed > 1 else ''}"
+    if partial := int((~states.isin(["failed", "done"])).sum()):
+        yield f"the frontiers hold evaluations of {partial} unfinished run{'s' if partial > 1 else ''}"
+    final = _finished(frame)
     depths = sorted(int(d) for d in final["depth"].unique())
     if not depths:
         yield "no run has finished: there are no final losses, so no law over N"
@@ -195,6 +234,15 @@ def _cautions(frame: pd.DataFrame, final: pd.DataFrame) -> Iterator[str]:
     seeds = final.groupby("depth")["seed"].nunique()
     if seeds.max() == 1:
         yield "one seed per depth: the scatter between seeds is seen only as scatter around the law"
+    else:
+        yield (
+            "seeds of one depth are not independent: laws without an offset take the depths as the "
+            "independent units, laws with one are fitted to the depths' geometric means; the forecast with "
+            "an offset takes the runs as independent"
+        )
+    if seeds.max() > seeds.min():
+        counts = ", ".join(f"d{depth}: {count}" for depth, count in seeds.items())
+        yield f"unequal numbers of seeds ({counts}); depths with more weigh more"
     spread = final["tokens"].max() / final["tokens"].min()
     if spread > 1.01:
         yield (
@@ -207,23 +255,24 @@ def _cautions(frame: pd.DataFrame, final: pd.DataFrame) -> Iterator[str]:
     most = float(final["epochs"].max())
     if most > 4:
         yield f"the data were seen up to {most:.3g} times; repeated data are worth less than fresh ones"
-    for quantity, word in (("loss_avg", "average loss"), ("loss_last", "last-scale loss")):
+    for quantity, word in WORDS.items():
         means = final.groupby("params")[quantity].mean().to_numpy()
         rises = [
             f"d{depths[i]} to d{depths[i + 1]}" for i in range(len(means) - 1) if means[i + 1] > means[i]
         ]
         if rises:
             yield f"the {word} rises from {', '.join(rises)}"
-    turned = [
-        str(name)
-        for name, part in frame.groupby("run", sort=False)
-        if len(part) > 2 and part["loss_avg"].iloc[-1] > part["loss_avg"].min() * 1.005
-    ]
-    if turned:
-        yield (
-            "validation loss ends more than 0.5 % above its lowest (overfitting or instability) in "
-            f"{', '.join(turned)}"
-        )
+    for quantity, word in WORDS.items():
+        turned = [
+            str(name)
+            for name, part in frame.groupby("run", sort=False)
+            if len(part) > 2 and part[quantity].iloc[-1] > part[quantity].min() * 1.005
+        ]
+        if turned:
+            yield (
+                f"the {word} on the validation set ends more than 0.5 % above its lowest (overfitting or "
+                f"instability) in {', '.join(turned)}"
+            )
 
 
 def _list(values: list[int]) -> str:
@@ -235,11 +284,12 @@ def _law_json(row: Law) -> dict[str, Any]:
     law = row.law
     if law is None:
         return head | {"converged": False, "status": row.problem}
-    intervals = law.interval(LEVEL) if law.uncertainty else None
+    intervals = None if law.no_interval(LEVEL) else law.interval(LEVEL)
     return head | {
         "params": dict(law.params), "log_beta": law.log_beta,
         "interval": {k: list(v) for k, v in intervals.items()} if intervals else None,
-        "interval_method": law.interval_method if law.uncertainty else None,
+        "interval_method": law.interval_method if intervals else None,
+        "no_interval": law.no_interval(LEVEL) or None,
         "pearson": law.pearson, "objective": law.objective, "n": len(law.x), "independent": law.groups,
         "converged": law.converged, "status": law.status,
         "data": {"x": law.x.tolist(), "y": law.y.tolist()},

@@ -1,19 +1,24 @@
 """How often the intervals hold the truth: simulated studies with known laws.
 
-    python benchmarks/coverage.py --studies 1500      # about two minutes on one core
+    python benchmarks/coverage.py --studies 1500      # about ten minutes on one core
 
 Noise is like that of real runs: 0.3 % of the loss from run to run; along a run 0.1 % more.
-Shares of 95 % intervals that held the truth, with --studies 1500 (so ± 0.6 %, the last two ± 1 %):
+Shares of 95 % intervals that held the truth. The first two rows are of 1500 studies (± 0.6 %),
+the next two of 500 (± 1 %; a floor reached by 13 runs, of 150), Huber's of 100, the last of 20:
 
     | form and method, at 5, 8, 13 runs | α | law at 4 × X | new run at 4 × X |
     |---|---|---|---|
-    | no offset, Student's t          | 94.7 94.9 94.9 | 94.7 95.1 94.5 | 95.6 96.2 95.1 |
-    | no offset, 10 points a run, CR2 | 95.4 96.9 96.7 | 95.5 95.9 95.9 | 97.1 96.5 97.0 |
-    | free offset, profile likelihood | 94.0 95.8 94.6 | 95.0 94.0 95.4 | 95.2 95.8 96.4 |
-    | no offset, Huber, bootstrap     | 98.4 99.0 96.8 | 98.8 98.8 96.8 | 98.2 98.0 95.4 |
+    | no offset, Student's t            | 94.7 94.9 94.9 | 94.7 95.1 94.5 | 95.6 96.2 95.1 |
+    | no offset, 10 points a run, CR2   | 95.4 96.9 96.7 | 95.5 95.9 95.9 | 97.1 96.5 97.0 |
+    | free offset, profile likelihood   | 94.0 95.8 94.6 | 95.0 94.0 95.4 | 95.2 95.8 96.4 |
+    | floor reached, profile likelihood | 95.0 94.8 92.0 | 95.6 94.8 94.7 | 95.8 96.4 96.0 |
+    | no offset, Huber, bootstrap       | none 100 99    | none 99 99     | none 98 96     |
+    | free offset, 10 points, bootstrap | none … 100     | none … 95      | none … 100     |
 
-The first three hold what they say. Huber's bootstrap over few runs errs on the wide side. The
-bias of α is below 0.1 % of it, except above a free offset: −1.6, −1.1 and −0.2 % at 5, 8, 13 runs.
+The first four hold what they say. The bootstrap over few runs errs on the wide side, and gives no
+interval where its replicates do not reach into the tail (of five runs, always). The last row was
+measured too small to say more than that, at 13 runs only. The bias of α is below 0.3 % of it,
+except above a free offset: −1.6, −1.1 and −0.2 % at 5, 8, 13 runs; with points along each run +0.7 %.
 """
 
 from __future__ import annotations
@@ -32,6 +37,7 @@ from analysis.errors import Floats
 
 ALPHA, BETA = -0.05, 2e-9
 OFFSET, ALPHA_OFFSET, BETA_OFFSET = 2.0, -0.15, 1e-5
+ALPHA_PLATEAU = -0.9
 RUN_NOISE, POINT_NOISE = 0.003, 0.001
 Draw = Callable[[int, np.random.Generator], tuple[PowerLaw, Callable[[Floats], Floats], float]]
 
@@ -46,6 +52,11 @@ def with_offset(x: Floats) -> Floats:
     return OFFSET + (BETA_OFFSET * x) ** ALPHA_OFFSET
 
 
+def plateau(x: Floats) -> Floats:
+    """The truth that has come down to its offset within the noise."""
+    return OFFSET + 1.5 * (x / 73728.0) ** ALPHA_PLATEAU
+
+
 def one_point(truth: Callable[[Floats], Floats], alpha: float, **options: object) -> Draw:
     """Studies of n depths with one final loss each."""
 
@@ -57,34 +68,46 @@ def one_point(truth: Callable[[Floats], Floats], alpha: float, **options: object
     return draw
 
 
-def many_points(n: int, rng: np.random.Generator) -> tuple[PowerLaw, Callable[[Floats], Floats], float]:
+def many_points(truth: Callable[[Floats], Floats], alpha: float, **options: object) -> Draw:
     """Studies of n runs with 10 points each, along two e-folds of X, that share their run's error."""
-    ends = np.log(73728.0 * np.arange(1, n + 1) ** 3.0)
-    x = np.exp((ends[:, None] + np.linspace(-2, 0, 10)).ravel())
-    noise = RUN_NOISE * rng.normal(size=(n, 1)) + POINT_NOISE * rng.normal(size=(n, 10))
-    return (
-        fit_power_law(x, plain(x) * np.exp(noise.ravel()), groups=np.repeat(np.arange(n), 10)),
-        plain,
-        ALPHA,
-    )
+
+    def draw(n: int, rng: np.random.Generator) -> tuple[PowerLaw, Callable[[Floats], Floats], float]:
+        ends = np.log(73728.0 * np.arange(1, n + 1) ** 3.0)
+        x = np.exp((ends[:, None] + np.linspace(-2, 0, 10)).ravel())
+        noise = RUN_NOISE * rng.normal(size=(n, 1)) + POINT_NOISE * rng.normal(size=(n, 10))
+        y = truth(x) * np.exp(noise.ravel())
+        law = fit_power_law(x, y, groups=np.repeat(np.arange(n), 10), **options)  # type: ignore[arg-type]
+        return law, truth, alpha
+
+    return draw
 
 
 STUDIES: dict[str, tuple[Draw, int]] = {
     "no offset, Student's t": (one_point(plain, ALPHA), 1),
-    "no offset, 10 points a run, CR2": (many_points, 1),
+    "no offset, 10 points a run, CR2": (many_points(plain, ALPHA), 1),
     "free offset, profile likelihood": (one_point(with_offset, ALPHA_OFFSET, offset=True), 3),
-    "no offset, Huber, bootstrap": (one_point(plain, ALPHA, loss_fn="huber", bootstrap=400), 3),
+    "floor reached, profile likelihood": (one_point(plateau, ALPHA_PLATEAU, offset=True), 3),
+    "no offset, Huber, bootstrap": (one_point(plain, ALPHA, loss_fn="huber", bootstrap=1000), 8),
+    "free offset, 10 points a run, bootstrap": (
+        many_points(with_offset, ALPHA_OFFSET, offset=True, bootstrap=2000),
+        60,
+    ),
 }
 """Method -> how to draw a study, and by how much fewer of them (they take longer)."""
 
 
 def coverage(draw: Draw, n: int, studies: int, seed: int = 0) -> tuple[float, float, float, float]:
-    """Shares of 95 % intervals that hold α, the law at 4× the largest X, a new run there; bias of α."""
+    """Shares of 95 % intervals that hold α, the law at 4× the largest X, a new run there; bias of α.
+
+    NaN, and no more than one study drawn, where the method gives no interval for so few runs.
+    """
     rng = np.random.default_rng(seed)
     hits = np.zeros(3)
     alphas = []
     for _ in range(studies):
         law, truth, alpha = draw(n, rng)
+        if law.no_interval():
+            return (float("nan"),) * 4
         far = np.array([4 * law.x.max()])
         new = truth(far) * np.exp(RUN_NOISE * rng.normal())
         low, high = law.interval(0.95)["alpha"]

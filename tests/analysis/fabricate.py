@@ -112,6 +112,14 @@ def _write_run(
         run.set_status("done", step=STEPS, total_steps=STEPS)
 
 
+def change(folder: Path, depth: int, seed: int = 0, line: int = -1, **values: Any) -> None:
+    """Overwrite values of one recorded evaluation, the last if not said otherwise."""
+    file = folder / f"var-d{depth}-s{seed}-0123456789" / "metrics.jsonl"
+    lines = file.read_text().splitlines()
+    lines[line] = json.dumps(json.loads(lines[line]) | values)
+    file.write_text("\n".join(lines) + "\n")
+
+
 def _picture(file: Path, size: tuple[int, int], rng: np.random.Generator) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     pixels = rng.integers(0, 255, (size[1] // 8, size[0] // 8, 3), dtype=np.uint8)

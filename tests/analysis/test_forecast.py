@@ -38,6 +38,18 @@ def test_seeds_of_a_rung_are_hidden_together() -> None:
     assert len(only.law.x) == 8
 
 
+def test_an_interval_for_one_run_is_judged_run_by_run() -> None:
+    """Three new runs rarely all lie in an interval that is made for one."""
+    x, y = np.append(X, [X[-1]] * 2), np.append(Y, [Y[-1], 9.0])
+    (only,) = backtest(x, y)
+    assert (only.inside, only.runs) == (2, 3)
+    assert only.verdict == "2 of 3 runs inside"
+    assert only.actual == pytest.approx((2 * Y[-1] + 9) / 3)
+    found = backtest(x, y)
+    assert found.coverage == 2 / 3
+    assert "2 of 3 runs inside" in found.summary()
+
+
 def test_too_few_rungs() -> None:
     with pytest.raises(DataError, match="needs 3 smaller distinct x, got 3 in all"):
         backtest(X[:3], Y[:3])

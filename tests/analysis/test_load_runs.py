@@ -123,3 +123,20 @@ def test_gaps_are_counted_and_other_files_refused(tmp_path: Path) -> None:
         load_table(tmp_path / "t.xlsx")
     with pytest.raises(RecordsError, match="no such file"):
         load_table(tmp_path / "none.csv")
+
+
+def test_a_listed_run_that_is_gone_is_named(tmp_path: Path) -> None:
+    folder = fabricate.sweep(tmp_path, depths=(1, 2, 3, 4))
+    (folder / "var-d2-s0-0123456789" / "config.json").unlink()
+    frame = load_runs(folder)
+    assert sorted(frame["depth"].unique()) == [1, 3, 4]
+    (note,) = frame.attrs["notes"]
+    assert note.startswith("var-d2-s0-0123456789 is listed in sweep.json, but")
+
+
+def test_values_without_a_logarithm_are_named(tmp_path: Path) -> None:
+    folder = fabricate.sweep(tmp_path, depths=(1, 2))
+    fabricate.change(folder, 2, error_last=0.0)
+    (note,) = load_runs(folder).attrs["notes"]
+    assert "var-d2" in note
+    assert "error_last 0 or less, which has no logarithm; left out of the laws of it" in note

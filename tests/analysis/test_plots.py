@@ -45,7 +45,7 @@ def test_an_unconverged_fit_is_not_drawn() -> None:
     assert not law.converged
     _, ax = figure("t", "x", "y")
     draw_law(ax, law)
-    drawn = [line for line in ax.lines if len(line.get_xdata()) > 0]
+    drawn = [line for line in ax.lines if np.size(line.get_xdata()) > 0]
     assert [line.get_linestyle() for line in drawn] == ["None"]
     assert not ax.collections
     assert law.status in ax.get_legend_handles_labels()[1]

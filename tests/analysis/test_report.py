@@ -145,6 +145,21 @@ def test_several_families_are_refused(tmp_path: Path) -> None:
         make_report(folder)
 
 
+@pytest.mark.parametrize("text", ["run `x`", "```", "a``b\n`c", "plain"])
+def test_backticks_do_not_leave_their_fence(tmp_path: Path, text: str) -> None:
+    folder = fabricate.sweep(tmp_path, depths=(1,))
+    facts = json.loads((folder / "sweep.json").read_text())
+    write_json(folder / "sweep.json", facts | {"command": text, "recipe": {"note": text}})
+    markdown = (make_report(folder).parent / "report.md").read_text()
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    command, recipe = re.search(r"Command: (`+)", markdown), re.search(r"\n(`+)json\n", markdown)
+    assert command is not None
+    assert recipe is not None
+    assert len(command[1]) == longest + 1
+    assert len(recipe[1]) == max(3, longest + 1)
+    assert markdown.endswith(f"\n{recipe[1]}")
+
+
 def test_import_is_light() -> None:
     code = (
         "import sys, analysis; assert not {'torch', 'pandas', 'scipy', 'matplotlib'} & set(sys.modules);"
