@@ -166,8 +166,9 @@ def process_environment(launch: LaunchConfig, threads: int) -> dict[str, str]:
         environment |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         environment[name] = str(threads)
-    # Threads that spin while they wait slow a job down several times over once anything else runs.
-    environment["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "passive")
+    # Threads that spin long while they wait stall each other once anything else runs; threads that never
+    # spin halve the speed of small convolutions on a quiet machine. In between (docs/LOG.md).
+    environment["GOMP_SPINCOUNT"] = os.environ.get("GOMP_SPINCOUNT", "10000")
     return environment
 
 

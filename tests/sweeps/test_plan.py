@@ -41,9 +41,9 @@ def test_the_numbers_are_those_of_the_closed_forms(tmp_path: Path) -> None:
     assert [r.depth for r in plan.runs] == [1, 2, 3, 4, 5]
     for row, config in zip(plan.runs, plan.configs, strict=True):
         assert row.params == flops.params(config.model) == 73728 * row.depth**3
-        assert row.flops == flops.train_flops(config.model) * 64 * 300
-        assert row.tokens == 300 * 64 * 30
-        assert row.epochs == 300 * 64 / config.data.train_images
+        assert row.flops == flops.train_flops(config.model) * 64 * config.total_steps
+        assert row.tokens == config.total_steps * 64 * 30
+        assert row.epochs == config.total_steps * 64 / config.data.train_images
         assert row.state == "waiting"
     assert plan.runs[-1].params / plan.runs[0].params >= 100
 
