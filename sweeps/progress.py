@@ -165,7 +165,7 @@ def _table(rows: Sequence[Row], left: float | None) -> Table:
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     table.add_column("job", no_wrap=True)
     table.add_column("", width=24)
-    for heading in ("step", "loss", "images/s", "left"):
+    for heading in ("step", "train loss", "images/s", "left"):
         table.add_column(heading, justify="right", no_wrap=True)
     shown = rows if total <= MOST_ROWS else [r for r in rows if r.phase not in ("done", "waiting")]
     for row in shown:

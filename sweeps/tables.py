@@ -111,7 +111,7 @@ def status_table(sweep: Path) -> Table:
     table = Table(title=f"sweep '{sweep.name}' in {sweep}", title_justify="left", box=None)
     table.add_column("job", no_wrap=True)
     table.add_column("state", no_wrap=True)
-    for heading in ("step", "loss", "images/s", "heartbeat"):
+    for heading in ("step", "train loss", "images/s", "heartbeat"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("error", overflow="fold")
     for name, folder in sweep_folders(sweep):
@@ -141,7 +141,7 @@ def read_sweep(sweep: Path) -> dict[str, str | list[str]]:
     """
     file = sweep / "sweep.json"
     if not file.exists():
-        raise RecordsError(f"{sweep}: no such sweep yet; start it with 'python run_sweep.py run'")
+        raise RecordsError(f"{sweep}: no such sweep yet; 'run' with the same recipe and --root starts it")
     value = read_json(file)
     if not isinstance(value, dict) or not {"runs", "tokenizer", "tokens"} <= value.keys():
         raise RecordsError(f"{file}: expected an object with runs, tokenizer and tokens")
