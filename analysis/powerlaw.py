@@ -3,12 +3,10 @@
 - Without an offset, or with a fixed one (the paper's 4.5 and 5.0 nats), the law is a straight
   line of ``log(L − L∞)`` over ``log X``: least squares there, as the paper does, or Huber's loss, summed.
 - With a free offset the residual is ``log L̂ − log L``, never ``log(L − L∞)``, whose scatter
-  shrinks by itself as L∞ falls and so pulls L∞ down. Variable projection: the line is solved
-  for at 120 values of L∞, the best of them and spread-out others start a damped Newton in all
-  three parameters, and the ends must agree.
+  shrinks by itself as L∞ falls and so pulls L∞ down (``analysis.line_fit`` has the descent).
 - L∞ is not bounded by the smallest observation, which lies below the law by its noise: of a law
   that has reached its floor that bound would cut the truth away. L∞ may exceed an observation as
-  far as the objective allows: L̂ > L∞, so one residual alone would cost more beyond (``_ceiling``).
+  far as the objective allows: L̂ > L∞, so one residual alone would cost more beyond (``ceiling_of``).
 - A fit that did not converge, or rests at a bound of L∞, says so in ``status``; it is not drawn.
 - Intervals: ``analysis.intervals`` says which method is used when, and why.
 """
@@ -25,15 +23,14 @@ from numpy.typing import ArrayLike
 
 from analysis.bootstrap import group_codes, group_weights
 from analysis.errors import DataError, Floats, positive, rows
-from analysis.intervals import Interval, ProfileInterval, ReplicateInterval, cluster_line, student_line
-from analysis.solver import LossFn, Model, Solution, minimise
+from analysis.intervals import Interval, ReplicateInterval, cluster_line, student_line
+from analysis.line_fit import fit_line, fit_offset, pivot_of, polish, profile_interval
+from analysis.solver import LossFn
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 OffsetKind = Literal["none", "fixed", "free"]
-NEAREST = 1e-6
-"""L∞ keeps this share of its upper bound away from it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -232,9 +229,9 @@ def fit_power_law(
     z, log_y = log_x - centre, np.log(y_n - fixed)
     ceiling = 0.0
     if kind == "free":
-        theta, objective, converged, status, ceiling = _fit_offset(z, y_n, w, loss_fn, delta)
+        theta, objective, converged, status, ceiling = fit_offset(z, y_n, w, loss_fn, delta)
     else:
-        solution = _fit_line(z, log_y, w[None], loss_fn, delta)
+        solution = fit_line(z, log_y, w[None], loss_fn, delta)
         theta = np.append(solution.theta[0], fixed)
         objective, converged = float(solution.objective[0]), bool(solution.converged[0])
         status = "converged" if converged else "not converged: the gradient does not vanish"
@@ -252,9 +249,10 @@ def fit_power_law(
     if bootstrap:
         draws, redrawn = group_weights(codes, bootstrap, seed, x_n, 3 if kind == "free" else 2)
         if kind == "free":
-            found = _polish(z, y_n, draws * w, np.tile(theta, (bootstrap, 1)), ceiling, loss_fn, delta).theta
+            starts, pivot = np.tile(theta, (bootstrap, 1)), pivot_of(z, w, theta)
+            found = polish(z, y_n, draws * w, starts, ceiling, pivot, loss_fn, delta).theta
         else:
-            line = _fit_line(z, log_y, draws * w, loss_fn, delta).theta
+            line = fit_line(z, log_y, draws * w, loss_fn, delta).theta
             found = np.column_stack([line, np.full(bootstrap, fixed)])
         replicates = found
 
@@ -265,7 +263,7 @@ def fit_power_law(
         else:
             uncertainty = cluster_line(a, alpha, fixed, centre, z, residuals, w, codes)
     elif loss_fn == "squared" and n == G:
-        uncertainty = _profile(z, y_n, w, L_inf, 2 * objective, centre)
+        uncertainty = profile_interval(z, y_n, w, L_inf, 2 * objective, centre)
     elif replicates is not None and _fitted(kind) < G:
         uncertainty = ReplicateInterval(replicates, residuals, G, kind == "free", centre, seed)
 
@@ -312,162 +310,6 @@ def _pearson(u: Floats, v: Floats, w: Floats) -> float:
 def _pearson_above(log_x: Floats, y: Floats, offset: float, w: Floats) -> float:
     above = y > offset
     return _pearson(log_x[above], np.log(y[above] - offset), w[above])
-
-
-def _least_squares_line(z: Floats, v_Bn: Floats, w_Bn: Floats) -> Floats:
-    """Weighted least squares of v on (1, z): (B, 2), in closed form."""
-    total = w_Bn.sum(1)
-    mean_z = (w_Bn * z).sum(1) / total
-    mean_v = (w_Bn * v_Bn).sum(1) / total
-    dz = z - mean_z[:, None]
-    alpha = (w_Bn * dz * (v_Bn - mean_v[:, None])).sum(1) / (w_Bn * dz**2).sum(1)
-    return np.column_stack([mean_v - alpha * mean_z, alpha])
-
-
-def _fit_line(z: Floats, v: Floats, w_Bn: Floats, loss_fn: LossFn, delta: float) -> Solution:
-    B = len(w_Bn)
-    X = np.stack([np.ones_like(z), z], 1)
-    start = _least_squares_line(z, np.broadcast_to(v, w_Bn.shape), w_Bn)
-    if loss_fn == "squared":
-        r = start @ X.T - v
-        no = np.zeros((B, 2), bool)
-        return Solution(start, 0.5 * (w_Bn * r**2).sum(1), np.zeros(B), no, no)
-
-    def model(theta_BP: Floats, _: np.ndarray) -> tuple[Floats, Floats]:
-        return theta_BP @ X.T - v, np.broadcast_to(X, (len(theta_BP), *X.shape))
-
-    return minimise(model, start, w_Bn, loss_fn, delta)
-
-
-def _at_offsets(z: Floats, y: Floats, w: Floats, offset_S: Floats, loss_fn: LossFn, delta: float) -> Solution:
-    """The line (a, α) at each given L∞, minimising the loss of log L."""
-    log_y = np.log(y)
-    w_Sn = np.broadcast_to(w, (len(offset_S), len(z)))
-    # Weights gap²/y² make this start the first Newton step on log L; points at or below L∞, where
-    # the line has no logarithm, weigh next to nothing.
-    gap = np.maximum(y - offset_S[:, None], NEAREST * y)
-    start = _least_squares_line(z, np.log(gap), w_Sn * (gap / y) ** 2)
-
-    def model(theta_BP: Floats, which: np.ndarray) -> tuple[Floats, Floats]:
-        rising = np.exp(np.clip(theta_BP[:, :1] + theta_BP[:, 1:2] * z, -500, 500))
-        L = offset_S[which, None] + rising
-        share = rising / L
-        return np.log(L) - log_y, np.stack([share, share * z], 2)
-
-    return minimise(model, start, w_Sn, loss_fn, delta)
-
-
-def _offset_model(z: Floats, log_y: Floats, ceiling: float) -> Model:
-    """Residuals and Jacobian of the offset form in ``(c, g, v)``, in which its valley is straight.
-
-    c is log L and g is d log L/dz, both at z = 0, which the data pin down on their own; v =
-    log(1 − L∞/ceiling) is the curvature alone (expected-value parameters: Ross 1990, "Nonlinear
-    estimation"). In (a, α, L∞) the same descent crawls along a bent valley and stops short.
-    """
-
-    def model(theta: Floats, _: np.ndarray) -> tuple[Floats, Floats]:
-        level, g, v = np.exp(theta[:, :1]), theta[:, 1:2], theta[:, 2:]
-        E = -ceiling * np.expm1(v)
-        R = np.maximum(level - E, 1e-12 * level)
-        h = np.exp(np.clip(g * level / R * z, -300, 300))
-        L = E + R * h
-        d_c = level * h - h * z * g * level * E / R
-        d_E = 1 - h + h * z * g * level / R
-        J = np.stack([d_c, level * h * z, d_E * (E - ceiling)], 2)
-        return np.log(L) - log_y, J / L[:, :, None]
-
-    return model
-
-
-def _ceiling(y: Floats, w: Floats, objective: float, loss_fn: LossFn, delta: float) -> float:
-    """An L∞ that no fit with this objective or a lower one can reach.
-
-    L̂ > L∞, so w ρ(log L∞ − log y) of any one point below L∞ is less than the objective. Never
-    above the weighted geometric mean, where the law is a constant.
-    """
-    one = objective / w
-    residual = np.sqrt(2 * one)
-    if loss_fn == "huber":
-        residual = np.where(residual <= delta, residual, one / delta + delta / 2)
-    return float(np.exp(min((np.log(y) + residual).min(), (w * np.log(y)).sum() / w.sum())))
-
-
-def _polish(
-    z: Floats, y: Floats, w_Bn: Floats, theta_BP: Floats, ceiling: float, loss_fn: LossFn, delta: float
-) -> Solution:
-    """All of (a, α, L∞) from the given starts, L∞ in [0, ceiling)."""
-    a, alpha, E = theta_BP.T
-    level = E + np.exp(a)
-    start = np.column_stack([np.log(level), alpha * (1 - E / level), np.log1p(-E / ceiling)])
-    lower, upper = np.array([-np.inf, -np.inf, np.log(NEAREST)]), np.array([np.inf, np.inf, 0.0])
-    model = _offset_model(z, np.log(y), ceiling)
-    end = minimise(model, np.clip(start, lower, upper), w_Bn, loss_fn, delta, lower, upper)
-    c, g, v = end.theta.T
-    level, E = np.exp(c), -ceiling * np.expm1(v)
-    theta = np.column_stack([np.log(level - E), g * level / (level - E), E])
-    return Solution(theta, end.objective, end.decrement, end.at_upper, end.at_lower)
-
-
-def _fit_offset(
-    z: Floats, y: Floats, w: Floats, loss_fn: LossFn, delta: float
-) -> tuple[Floats, float, bool, str, float]:
-    """Variable projection over L∞, then Newton from eight starts.
-
-    Returns θ, objective, converged, status, and the upper bound that L∞ had.
-    """
-    shares = np.append(1 - np.geomspace(NEAREST, 1.0, 119), 0.0)
-    below = _at_offsets(z, y, w, shares * y.min(), loss_fn, delta)
-    # Four times the objective: twice the residual, so that resamples are not cut either.
-    ceiling = _ceiling(y, w, 4 * float(below.objective.min()), loss_fn, delta)
-    grid = shares * ceiling
-    line = _at_offsets(z, y, w, grid, loss_fn, delta)
-    order = np.argsort(line.objective, kind="stable")
-    # Spread starts from far enough below the bound to 0; nearer to it the descent only crawls.
-    chosen = np.unique(
-        np.concatenate([order[:2], np.linspace(len(grid) * 2 // 3, len(grid) - 1, 6).astype(int)])
-    )
-    starts = np.column_stack([line.theta[chosen], grid[chosen]])
-    end = _polish(z, y, np.broadcast_to(w, (len(chosen), len(z))), starts, ceiling, loss_fn, delta)
-    best = int(np.argmin(end.objective))
-    objective = float(end.objective[best])
-    agree = int((end.objective <= objective * (1 + 1e-6) + 1e-20).sum())
-    theta = end.theta[best]
-    converged = False
-    if not end.converged[best]:
-        status = "not converged: the gradient does not vanish at the best point found"
-    elif end.at_lower[best, 2]:
-        status = "no offset found: the best L∞ rests at its lower bound 0"
-    elif end.at_upper[best, 2]:
-        status = "no offset found: L∞ runs into its upper bound, beyond the smallest loss"
-    elif agree < 2:
-        status = f"not converged: only 1 of {len(chosen)} starts reached the best value"
-    else:
-        converged, status = True, f"converged ({agree} of {len(chosen)} starts agree)"
-    return theta, objective, converged, status, ceiling
-
-
-def _profile(z: Floats, y: Floats, w: Floats, best: float, rss: float, centre: float) -> ProfileInterval:
-    def profile(offset_S: Floats) -> tuple[Floats, Floats, Floats]:
-        line = _at_offsets(z, y, w, offset_S, "squared", 1.0)
-        share = 1 - offset_S[:, None] / (
-            offset_S[:, None] + np.exp(line.theta @ np.stack([np.ones_like(z), z]))
-        )
-        J = np.stack([share, share * z], 2)
-        information = np.einsum("n,snp,snq->spq", w, J, J)
-        return 2 * line.objective, line.theta, _inverse(information)
-
-    def ceiling(rss: float) -> float:
-        return _ceiling(y, w, rss / 2, "squared", 1.0)
-
-    return ProfileInterval(profile, best, ceiling, rss, len(z), centre)
-
-
-def _inverse(information_SPP: Floats) -> Floats:
-    """Scaled to a unit diagonal first; a law that falls only before its second point is nearly singular."""
-    scale = np.sqrt(np.einsum("spp->sp", information_SPP)) + np.finfo(np.float64).tiny
-    outer = scale[:, :, None] * scale[:, None, :]
-    scaled = information_SPP / outer + 1e-14 * np.eye(scale.shape[1])
-    return np.asarray(np.linalg.inv(scaled) / outer)
 
 
 def _level(level: float) -> float:

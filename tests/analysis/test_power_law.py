@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.stats import chi2, linregress, t
 
 from analysis import DataError, fit_power_law
-from analysis.powerlaw import _offset_model
+from analysis.line_fit import offset_model
 from analysis.solver import minimise, rho
 
 DEPTHS = np.arange(1, 9)
@@ -99,7 +99,7 @@ def test_huber_reaches_the_optimum_from_every_start() -> None:
 
 def test_jacobian_agrees_with_finite_differences() -> None:
     z = np.linspace(-2, 2, 7)
-    model = _offset_model(z, np.zeros(7), 3.0)
+    model = offset_model(z, np.zeros(7), 3.0)
     theta = np.array([[1.3, -0.05, -0.4], [1.2, -0.2, -2.0], [1.4, 0.1, -0.01]])
     which = np.arange(3)
     for p in range(3):
@@ -124,6 +124,35 @@ def test_a_floor_that_is_reached_is_found() -> None:
     assert converged == 20
     assert above > 10
     assert hits >= 17
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("points", [4, 13])
+def test_a_steep_law_on_its_floor_converges(points: int) -> None:
+    """Most points lie on the floor, where level and slope say nothing: the descent must not crawl there."""
+    rng = np.random.default_rng(0)
+    x = 73728.0 * np.arange(1, points + 1) ** 3.0
+    for _ in range(40):
+        y = (2 + 1.5 * (x / x[0]) ** -2.0) * np.exp(0.003 * rng.normal(size=points))
+        assert fit_power_law(x, y, offset=True).converged
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_exponent_that_two_points_hold_is_not_determined() -> None:
+    y = np.array([3.5, 1.9990, 2.0005, 1.9995, 2.001, 2.0])
+    law = fit_power_law(N[:6], y, offset=True)
+    assert not law.converged
+    assert "exponent not determined" in law.status
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_bootstrap_of_a_nearly_flat_curve_overflows_nowhere() -> None:
+    """Trial steps of single replicates leave the data by far; they are refused without a warning."""
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        x = np.exp(np.linspace(0, 2, 12))
+        y = 5 * x**-0.007 * np.exp(0.001 * rng.normal(size=12))
+        fit_power_law(x, y, offset=True, groups=np.repeat(np.arange(4), 3), bootstrap=400)
 
 
 def test_no_offset_in_the_data_is_said() -> None:
