@@ -8,6 +8,8 @@ Design choices
 - A checkpoint is written aside, flushed to the disk, and renamed: a folder named ``step-…`` is whole.
 - Checksums are verified on load; a damaged checkpoint is named in a warning and the one before it used.
 - Optimiser state travels as named tensors (``exp_avg/<parameter>``), never as pickle.
+- A tensor is read when it is asked for and copied straight to where it belongs, so that loading takes
+  the memory of one tensor beside the model's, in each of the processes that load at once.
 """
 
 from __future__ import annotations
@@ -17,14 +19,14 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from scaling.records import RecordsError, read_json
@@ -34,12 +36,35 @@ log = logging.getLogger(__name__)
 Tensors = dict[str, dict[str, Tensor]]
 
 
+class SavedTensors(Mapping[str, Tensor]):
+    """The tensors of a safetensors file, on the CPU; each is mapped into memory only while it is in use."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        with safe_open(file, framework="pt") as opened:
+            self._names = frozenset(opened.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        # Opened anew each time: a file's tensors share one mapping, which lives as long as any of them.
+        with safe_open(self._file, framework="pt") as opened:
+            tensor: Tensor = opened.get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._names))
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 @dataclass(frozen=True)
 class Checkpoint:
-    """What was saved: the step, the groups of tensors (on the CPU), and the rest."""
+    """What was saved: the step, the groups of tensors, and the rest."""
 
     step: int
-    tensors: Tensors
+    tensors: Mapping[str, Mapping[str, Tensor]]
     state: dict[str, Any]
 
 
@@ -122,6 +147,26 @@ def optimizer_tensors(
                 raise ValueError(f"optimiser state {key!r} of {known[parameter]} is not a tensor")
             tensors[f"{key}/{known[parameter]}"] = value
     return tensors
+
+
+def restore_module(module: torch.nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy saved tensors into a module's parameters and buffers, one at a time.
+
+    Raises:
+        RecordsError: they are not those of this module, by name or by shape.
+    """
+    wanted = module.state_dict()
+    strange = wanted.keys() ^ tensors.keys()
+    if strange:
+        raise RecordsError(
+            f"the checkpoint is of another model: {len(strange)} tensors are only in one of the two, "
+            f"such as '{min(strange)}'"
+        )
+    for name, target in wanted.items():
+        value = tensors[name]
+        if value.shape != target.shape:
+            raise RecordsError(f"the checkpoint's {name} is {tuple(value.shape)}, not {tuple(target.shape)}")
+        target.copy_(value)
 
 
 def restore_optimizer(
@@ -207,7 +252,7 @@ def _read(path: Path) -> Checkpoint:
             if _digest(path / Path(name).name) != expected:
                 raise _DamagedError(f"{name} does not match its checksum")
         tensors = {
-            Path(name).stem: load_file(path / Path(name).name)
+            Path(name).stem: SavedTensors(path / Path(name).name)
             for name in files
             if name.endswith(".safetensors")
         }

@@ -4,6 +4,8 @@
   (VAR eqs. 7 and 8), so that N = 18·w²·d = 73728·d³ (12·w²·d = 49152·d³ with shared adaLN).
 - ``RunConfig`` holds everything that changes the result; its content hash is the run's id.
   ``LaunchConfig`` holds what must not change it: micro-batch, processes, threads, trackers.
+- Everything is imported from here: ``scaling.schema`` (reading, hashing) and ``scaling.tokenizer.config``
+  (the shape of a tokenizer and its training) stand behind it.
 - No torch here: plans are printed and reports are read on machines without it.
 """
 
@@ -14,7 +16,15 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from scaling.schema import ConfigError, content_hash, from_dict, identity, to_dict
+from scaling.schema import ConfigError, content_hash, from_dict, identity, require, to_dict
+from scaling.tokenizer.config import (
+    PAPER_SCALES,
+    AdversarialConfig,
+    Precision,
+    TokenizerConfig,
+    TokenizerTrainConfig,
+    check_betas,
+)
 
 __all__ = [
     "PAPER_SCALES",
@@ -33,23 +43,12 @@ __all__ = [
     "content_hash",
     "from_dict",
     "identity",
+    "require",
     "to_dict",
 ]
 
-PAPER_SCALES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
-Precision = Literal["fp32", "bf16", "fp16"]
 SCHEDULES = ("lin0", "lin", "lin00", "cos", "exp", "constant")
 Family = Literal["var"]
-
-
-def require(condition: bool, message: str) -> None:
-    """Raise ``ConfigError(message)`` unless the condition holds."""
-    if not condition:
-        raise ConfigError(message)
-
-
-def _check_betas(betas: tuple[float, float], name: str) -> None:
-    require(all(0 <= beta < 1 for beta in betas), f"{name} must be in [0, 1), got {list(betas)}")
 
 
 @dataclass(frozen=True)
@@ -96,147 +95,18 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class TokenizerConfig:
-    """A multi-scale residual VQVAE (VAR algorithms 1 and 2)."""
-
-    vocab: int = 4096
-    latent_channels: int = 32
-    channels: int = 160
-    """Channels of the first convolution, a multiple of ``norm_groups``."""
-    norm_groups: int = 32
-    """Groups of the group norms; with as many as channels, a norm would wipe out every channel's mean."""
-    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
-    """Channels per resolution in units of ``channels``; downsampling is 2^(len − 1)."""
-    res_blocks: int = 2
-    scales: tuple[int, ...] = PAPER_SCALES
-    """Side lengths of the token maps, coarse to fine; the last is the latent's side."""
-    phis: int = 4
-    """φ convolutions: 0 one per scale, 1 shared by all, n shared by nearest tick."""
-    phi_ratio: float = 0.5
-    beta: float = 0.25
-    """Weight of the commitment term beside the codebook term."""
-
-    def __post_init__(self) -> None:
-        require(2 <= self.vocab <= 65536, f"tokenizer.vocab must be 2 to 65536 (uint16), got {self.vocab}")
-        require(
-            self.norm_groups > 0 and self.channels > 0 and self.channels % self.norm_groups == 0,
-            f"tokenizer.channels must be a multiple of norm_groups {self.norm_groups}, got {self.channels}",
-        )
-        require(
-            len(self.multipliers) >= 1 and all(m > 0 for m in self.multipliers),
-            "tokenizer.multipliers must be positive",
-        )
-        require(
-            len(self.scales) >= 1 and all(s > 0 for s in self.scales),
-            "tokenizer.scales must be positive side lengths",
-        )
-        require(
-            all(a < b for a, b in zip(self.scales, self.scales[1:], strict=False)),
-            f"tokenizer.scales must grow, got {list(self.scales)}",
-        )
-        require(0.0 <= self.phi_ratio <= 1.0, f"tokenizer.phi_ratio must be 0 to 1, got {self.phi_ratio}")
-        require(self.phis >= 0, f"tokenizer.phis must be 0 or more, got {self.phis}")
-        require(self.res_blocks >= 1, f"tokenizer.res_blocks must be at least 1, got {self.res_blocks}")
-
-    @property
-    def downsampling(self) -> int:
-        """Image pixels per latent position, along a side."""
-        return 2 ** (len(self.multipliers) - 1)
-
-    @property
-    def seq_len(self) -> int:
-        """Tokens per image, Σ side²."""
-        return sum(s * s for s in self.scales)
-
-
-@dataclass(frozen=True)
-class AdversarialConfig:
-    """The PatchGAN term of stage 1: hinge loss, weight adapted to the last decoder layer's gradients."""
-
-    weight: float = 0.0
-    """0 turns it off."""
-    start: int = 0
-    """First step on which the generator sees it."""
-    lr: float = 1e-4
-    channels: int = 64
-    layers: int = 3
-
-    def __post_init__(self) -> None:
-        require(self.weight >= 0, f"adversarial.weight must not be negative, got {self.weight}")
-
-
-@dataclass(frozen=True)
-class TokenizerTrainConfig:
-    """Stage 1: how the tokenizer is trained."""
-
-    steps: int = 1000
-    batch: int = 64
-    lr: float = 4e-4
-    warmup: int = 50
-    lr_end: float = 0.1
-    """Cosine to this share of ``lr``."""
-    betas: tuple[float, float] = (0.5, 0.9)
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    pixel_l1: float = 0.2
-    pixel_l2: float = 1.0
-    codebook: float = 1.0
-    """Weight of the vector-quantisation loss (codebook + β·commitment)."""
-    perceptual: float = 1.0
-    """Weight of LPIPS; off, with a word in the log, while ``lpips_weights`` is not given."""
-    lpips_weights: str | None = None
-    """A file (safetensors or .pth) with VGG-16 and LPIPS linear weights, brought by the user."""
-    adversarial: AdversarialConfig = AdversarialConfig()
-    autoencode_steps: int = 0
-    """Steps without quantisation at the start; then the codebook is seeded from features worth quantising."""
-    revive_every: int = 50
-    """Every so many steps codes that were not used since are moved onto data; 0 never."""
-    revive_until: float = 0.8
-    """No more revivals after this share of training, so that the codebook settles."""
-    precision: Precision = "fp32"
-    log_every: int = 20
-    checkpoint_every: int = 200
-    eval_images: int = 512
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        require(self.steps >= 1, f"tokenizer_train.steps must be at least 1, got {self.steps}")
-        require(self.batch >= 1, f"tokenizer_train.batch must be at least 1, got {self.batch}")
-        require(self.clip > 0, f"tokenizer_train.clip must be positive, got {self.clip}")
-        require(self.seed >= 0, f"tokenizer_train.seed must not be negative, got {self.seed}")
-        _check_betas(self.betas, "tokenizer_train.betas")
-        for name in ("log_every", "checkpoint_every", "eval_images"):
-            require(
-                getattr(self, name) >= 1,
-                f"tokenizer_train.{name} must be at least 1, got {getattr(self, name)}",
-            )
-        for name in (
-            "revive_every",
-            "warmup",
-            "weight_decay",
-            "pixel_l1",
-            "pixel_l2",
-            "codebook",
-            "perceptual",
-        ):
-            require(
-                getattr(self, name) >= 0,
-                f"tokenizer_train.{name} must not be negative, got {getattr(self, name)}",
-            )
-        require(
-            0 <= self.autoencode_steps < self.steps,
-            f"tokenizer_train.autoencode_steps must be 0 to steps - 1, got {self.autoencode_steps}",
-        )
-        require(self.lr > 0, f"tokenizer_train.lr must be positive, got {self.lr}")
-
-
-@dataclass(frozen=True)
 class TokenizerRunConfig:
     """Everything that decides a tokenizer's weights; its hash names the tokenizer's folder."""
 
     data: DataConfig
     tokenizer: TokenizerConfig
     train: TokenizerTrainConfig
+
+    def __post_init__(self) -> None:
+        require(
+            self.train.lpips_weights is None or self.train.lpips_sha256 is not None,
+            "tokenizer_train.lpips_sha256 is not known yet",
+        )
 
     @property
     def run_id(self) -> str:
@@ -340,7 +210,7 @@ class TrainConfig:
         require(self.lr is None or self.lr > 0, f"train.lr must be positive, got {self.lr}")
         require(self.clip > 0, f"train.clip must be positive, got {self.clip}")
         require(self.eps > 0, f"train.eps must be positive, got {self.eps}")
-        _check_betas(self.betas, "train.betas")
+        check_betas(self.betas, "train.betas")
         for name in ("weight_decay", "weight_decay_end", "lr_start", "lr_end"):
             value = getattr(self, name)
             require(value is None or value >= 0, f"train.{name} must not be negative, got {value}")
@@ -471,7 +341,15 @@ class LaunchConfig:
     """The machine's part: nothing here changes a result beyond rounding, or a run's id."""
 
     processes: int = 1
-    """Processes (GPUs) per run."""
+    """Processes (GPUs) per run, on each machine."""
+    machines: int = 1
+    """Machines that share every run: the same command is started on each, on one shared root."""
+    machine_rank: int = 0
+    """Which of them this one is; 0 leads, decides what runs next and keeps the records."""
+    main_address: str | None = None
+    """Host name or address of machine 0, as the others reach it."""
+    main_port: int = 29500
+    """A free port of machine 0."""
     micro_batch: int | None = None
     """Images per forward pass and process; None for the whole share of the global batch."""
     threads: int | None = None
@@ -491,6 +369,22 @@ class LaunchConfig:
 
     def __post_init__(self) -> None:
         require(self.processes >= 1, f"launch.processes must be at least 1, got {self.processes}")
+        require(self.machines >= 1, f"launch.machines must be at least 1, got {self.machines}")
+        require(
+            0 <= self.machine_rank < self.machines,
+            f"launch.machine_rank must be 0 to {self.machines - 1} with {self.machines} machines, "
+            f"got {self.machine_rank}",
+        )
+        require(
+            self.machines == 1 or self.main_address is not None,
+            f"launch.main_address (the host name of machine 0) is needed for {self.machines} machines",
+        )
+        require(
+            self.machines == 1 or self.runs_at_once in (None, 1),
+            f"launch.runs_at_once must be 1 when {self.machines} machines share a run, "
+            f"got {self.runs_at_once}",
+        )
+        require(1 <= self.main_port <= 65535, f"launch.main_port must be 1 to 65535, got {self.main_port}")
         require(
             self.micro_batch is None or self.micro_batch >= 1,
             f"launch.micro_batch must be at least 1, got {self.micro_batch}",

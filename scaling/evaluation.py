@@ -40,9 +40,9 @@ class Evaluation:
         for name, values_nK in (("loss", self.loss_nK), ("error", self.error_nK)):
             for part, per_image in (("avg", values_nK @ weights), ("last", values_nK[:, -1])):
                 record[f"{name}_{part}"] = float(per_image.mean())
+                # One image has no spread: not a number here, null in metrics.jsonl.
                 spread = per_image.std(ddof=1) if len(per_image) > 1 else float("nan")
-                error = float(spread / np.sqrt(len(per_image)))
-                record[f"{name}_{part}_se"] = error if np.isfinite(error) else None
+                record[f"{name}_{part}_se"] = float(spread / np.sqrt(len(per_image)))
             record[f"{name}_scales"] = [float(v) for v in values_nK.mean(axis=0)]
         return record | {"eval_images": len(self.loss_nK)}
 

@@ -13,33 +13,57 @@ Conventions (DESIGN, "Words and units"):
 
 from __future__ import annotations
 
+from typing import Any
+
 from scaling.config import ModelConfig, TokenizerConfig
 
+N_PARTS = ("qkv", "projection", "mlp", "adaln")
+"""The parts of ``params_by_part`` that the paper's N counts."""
+TRAIN_FORWARDS = 3
+"""Forward and backward together cost so many forward passes."""
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 def params(model: ModelConfig) -> int:
     """N: parameters of the blocks' matrices (qkv 3w², projection w², MLP 8w², adaLN 6w² unless shared)."""
-    per_layer = 4 + 2 * model.mlp_ratio + (0 if model.shared_adaln else 6)
-    return per_layer * model.width**2 * model.depth
+    parts = params_by_part(model)
+    return sum(parts[part] for part in N_PARTS)
 
 
 def params_total(model: ModelConfig) -> int:
     """Every trained parameter: N, biases, embeddings, the adaLN before the head, the head."""
-    w, L, K = model.width, model.seq_len, len(model.scales)
-    biases = 2 * w + w + model.mlp_ratio * w + w  # q and v; projection; two MLP layers
-    adaln = 6 * w  # the bias of a layer's own adaLN, or its learned offsets when shared
-    qk_scale = model.heads if model.qk_norm else 0
-    shared = (6 * w**2 + 6 * w) if model.shared_adaln else 0
+    return sum(params_by_part(model).values())
+
+
+def params_by_part(model: ModelConfig) -> dict[str, int]:
+    """Every trained parameter by what it belongs to; the parts of ``N_PARTS`` add up to N.
+
+    ``biases`` are all vectors of the blocks: biases, the learned offsets of a shared adaLN, the scales
+    of the attention heads. ``head`` has the adaLN before it.
+    """
+    w, L, d = model.width, model.seq_len, model.depth
+    vectors = (
+        (2 * w + w + model.mlp_ratio * w + w)  # q and v; projection; two MLP layers
+        + 6 * w  # the bias of a layer's own adaLN, or its learned offsets when shared
+        + (model.heads if model.qk_norm else 0)
+    )
     embeddings = (
         (model.num_classes + 1) * w  # classes and the null class
         + model.scales[0] ** 2 * w  # start position
         + L * w  # positions
-        + K * w  # scales
+        + len(model.scales) * w  # scales
         + model.latent_channels * w + w  # token embedding
     )  # fmt: skip
-    head = 2 * w**2 + 2 * w + w * model.vocab + model.vocab
-    return params(model) + model.depth * (biases + adaln + qk_scale) + shared + embeddings + head
+    return {
+        "qkv": 3 * w**2 * d,
+        "projection": w**2 * d,
+        "mlp": 2 * model.mlp_ratio * w**2 * d,
+        "adaln": 0 if model.shared_adaln else 6 * w**2 * d,
+        "adaln_shared": 6 * w**2 + 6 * w if model.shared_adaln else 0,
+        "biases": d * vectors,
+        "embeddings": embeddings,
+        "head": 2 * w**2 + 2 * w + w * model.vocab + model.vocab,
+    }
 
 
 def attention_pairs(scales: tuple[int, ...], masked: bool = True) -> int:
@@ -57,19 +81,41 @@ def forward_flops(model: ModelConfig, masked: bool = True) -> int:
     Args:
         masked: count the allowed attention pairs (exact); False counts all L², as torch's counter does.
     """
+    return sum(forward_flops_by_part(model, masked).values())
+
+
+def forward_flops_by_part(model: ModelConfig, masked: bool = True) -> dict[str, int]:
+    """``forward_flops`` by what is computed."""
     w, L, d = model.width, model.seq_len, model.depth
-    tokens = 2 * (4 + 2 * model.mlp_ratio) * w**2 * L  # qkv, projection, MLP
-    attention = 4 * w * attention_pairs(model.scales, masked)  # q·k and weights·v
-    adaln = 12 * w**2  # once per image
-    embedding = 2 * model.latent_channels * w * (L - model.scales[0] ** 2)
-    head = 4 * w**2 + 2 * w * model.vocab * L
-    adaln_total = adaln if model.shared_adaln else d * adaln
-    return d * (tokens + attention) + adaln_total + embedding + head
+    return {
+        "qkv": 6 * w**2 * L * d,
+        "projection": 2 * w**2 * L * d,
+        "mlp": 4 * model.mlp_ratio * w**2 * L * d,
+        "attention": 4 * w * attention_pairs(model.scales, masked) * d,  # q·k and weights·v
+        "adaln": 12 * w**2 * (1 if model.shared_adaln else d),  # once per image
+        "embedding": 2 * model.latent_channels * w * (L - model.scales[0] ** 2),
+        "head": 4 * w**2 + 2 * w * model.vocab * L,
+    }
 
 
 def train_flops(model: ModelConfig) -> int:
     """FLOPs of training on one image: 3 × forward, attention masked."""
-    return 3 * forward_flops(model)
+    return TRAIN_FORWARDS * forward_flops(model)
+
+
+def costs(model: ModelConfig) -> dict[str, Any]:
+    """What a run's ``costs.json`` holds, so that other conventions of N and C can be told from it.
+
+    Returns:
+        ``params`` (``params_by_part``, sums to ``params_total``), ``flops_per_image`` (training FLOPs
+        of one image by part, sums to ``train_flops``), ``tokens_per_image`` (L).
+    """
+    forward = forward_flops_by_part(model)
+    return {
+        "params": params_by_part(model),
+        "flops_per_image": {part: TRAIN_FORWARDS * count for part, count in forward.items()},
+        "tokens_per_image": model.seq_len,
+    }
 
 
 def flops_6nd(model: ModelConfig, tokens: float) -> float:

@@ -20,7 +20,7 @@
 - The same thread watches the launcher (``VARSCALE_LAUNCHER_PID``): a job whose launcher was killed
   leaves as if it had been asked to, instead of holding the machine.
 - ``should_stop`` is what *this* process knows. Processes that share a batch must agree on the step at
-  which they leave (a reduced maximum of the flag), or one waits for the others for ever.
+  which they leave (``scaling.agreement``), or one waits for the others for ever.
 - No torch here.
 """
 
@@ -39,7 +39,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-from scaling.records import FolderBusyError, RecordsError, RunFolder
+from scaling.records import RecordsError, RunFolder
 from scaling.schema import ConfigError
 
 DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 3
@@ -63,15 +63,25 @@ class JobProcess:
 
     On entry the main process takes the folder's lock and sets status ``running`` with ``attempt`` + 1.
     On exit the status becomes ``done``, ``interrupted`` (after ``Interrupted`` or Ctrl-C) or ``failed``
-    with ``error``, one line. Other processes write their failure only, and only the first one counts.
+    with ``error``, one line. Other processes record their failure only, in a file that the main process
+    does not write; only the first failure counts, since the others follow from it.
+
+    Args:
+        folder: of the job.
+        is_main: whether this process has the lock and the status.
+        wait: for several processes, returns when all of them have called it. The others enter after the
+            main one, which would take a failure of theirs for one of the attempt before.
 
     Raises:
         FolderBusyError: (on entry) another process works in the folder; its status is left alone.
     """
 
-    def __init__(self, folder: RunFolder, is_main: bool = True) -> None:
+    def __init__(
+        self, folder: RunFolder, is_main: bool = True, wait: Callable[[], None] = lambda: None
+    ) -> None:
         self.folder = folder
         self.is_main = is_main
+        self._wait = wait
         self._facts: dict[str, Any] = {}
         self._changed = False
         self._guard = threading.Lock()
@@ -102,6 +112,7 @@ class JobProcess:
             if self.is_main:
                 stack.enter_context(self.folder.lock())
                 self.folder.set_status("running", attempt=self.folder.status().get("attempt", 0) + 1)
+            self._wait()
             for number in (signal.SIGTERM, signal.SIGINT):
                 previous = signal.signal(number, self._on_signal)
                 stack.callback(signal.signal, number, previous)
@@ -133,24 +144,21 @@ class JobProcess:
     def _finish(self, state: str) -> None:
         if self.is_main:
             with self._guard:
-                if not self._peer_failed():
-                    self.folder.set_status(state, **self._facts)
+                if not self._failed():
+                    self.folder.update_status(state, **self._facts)
 
     def _fail(self, error: BaseException) -> None:
         with self._guard:
-            if not self._peer_failed():
-                try:
-                    self.folder.set_status(
-                        "failed", error=one_line(error), exit_code=exit_code(error), **self._facts
-                    )
-                except OSError as problem:
-                    if not disk_full(problem):  # of a full disk the one line on stderr tells already
-                        print(
-                            f"{self.folder.path}: could not record the failure ({problem})", file=sys.stderr
-                        )
+            try:
+                self.folder.fail(one_line(error), exit_code(error))
+                if self.is_main:
+                    self.folder.update_status("failed", **self._facts)
+            except OSError as problem:
+                if not disk_full(problem):  # of a full disk the one line on stderr tells already
+                    print(f"{self.folder.path}: could not record the failure ({problem})", file=sys.stderr)
 
-    def _peer_failed(self) -> bool:
-        """Whether another process of this job has failed: its error is the cause, ours a consequence."""
+    def _failed(self) -> bool:
+        """Whether a process of this job has failed: then there is nothing more to say about its state."""
         return bool(self.folder.status()["state"] == "failed")
 
     # -- the thread ----------------------------------------------------------------------------
@@ -166,8 +174,8 @@ class JobProcess:
                 with self._guard:
                     if not self.is_main or self._ended.is_set():
                         continue
-                    if (self._changed or silent >= IDLE_SECONDS) and not self._peer_failed():
-                        self.folder.set_status("running", **self._facts)
+                    if (self._changed or silent >= IDLE_SECONDS) and not self._failed():
+                        self.folder.update_status("running", **self._facts)
                         self._changed, silent = False, 0.0
             except (OSError, RecordsError) as error:
                 self._thread_error = error
@@ -225,15 +233,13 @@ def exit_code(error: BaseException) -> int:
 
 @contextlib.contextmanager
 def recorded_failure(folder: RunFolder) -> Iterator[None]:
-    """Write into ``status.json`` what goes wrong before the job proper, and what it means.
+    """Write into ``status.json`` what goes wrong before ``JobProcess`` is entered, and what it means.
 
     The exit code of a job that several processes share is their launcher's own, and its output ends with
     that launcher's summary, so the reason must not be looked for there.
     """
     try:
         yield
-    except (Interrupted, KeyboardInterrupt, FolderBusyError):
-        raise
     except Exception as error:
         with contextlib.suppress(
             OSError, RecordsError

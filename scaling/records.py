@@ -1,18 +1,24 @@
 """What a run leaves on disk, and reading and writing it so that a kill at any instant is harmless.
 
     <folder>/config.json       what the run is; never changes
+    <folder>/costs.json        a transformer run's parameters and FLOPs by part (scaling.flops)
     <folder>/metrics.jsonl     one JSON object a line, appended; a torn last line is ignored
-    <folder>/status.json       state, attempt, step, heartbeat, error; replaced atomically
+    <folder>/status.json       state, attempt, step, heartbeat, error; replaced atomically, by one process
+    <folder>/failure.json      error and exit code of the process that failed first, in this attempt
     <folder>/checkpoints/      step-<n>/ folders of safetensors and JSON (scaling.checkpoint)
 
 The same layout serves tokenizer runs, token caches and transformer runs. No torch.
+
+A job of several processes has one that writes ``status.json``, over and over; an error of another one
+would be lost between its reading and its writing. So a failure has a file of its own, that only the first
+to fail can make, and ``status`` reads both.
 
 Kinds of lines in ``metrics.jsonl`` of a transformer run (DESIGN's words and units):
     {"kind": "train", "step", "loss_avg", "loss_last", "error_avg", "error_last", "lr", "grad_norm",
      "images_per_second", "tokens", "epochs", "flops"}
     {"kind": "eval", "step", "params", "params_total", "tokens", "unique_tokens", "epochs", "flops",
      "flops_6nd", "loss_avg", "loss_avg_se", "loss_last", "loss_last_se", "error_avg", "error_avg_se",
-     "error_last", "error_last_se", "loss_scales": [...], "error_scales": [...], "eval_images", "seconds"}
+     "error_last", "error_last_se", "loss_scales": [...], "error_scales": [...], "eval_images"}
 """
 
 from __future__ import annotations
@@ -110,6 +116,28 @@ class RunFolder:
             raise RecordsError(f"{self.path / 'config.json'}: expected a JSON object")
         return value
 
+    def write_costs(self, costs: dict[str, Any]) -> None:
+        """Write ``costs.json``: what ``scaling.flops.costs`` gave for the run's model."""
+        write_json(self.path / "costs.json", costs)
+
+    def costs(self) -> dict[str, Any]:
+        """``params`` and ``flops_per_image`` (training) by part, and ``tokens_per_image``.
+
+        Raises:
+            RecordsError: the run is older than this record, or the file is not of this form.
+        """
+        file = self.path / "costs.json"
+        if not file.exists():
+            raise RecordsError(
+                f"{file}: no such file: the run was trained before costs were recorded by part; "
+                "only N and FLOPs as in metrics.jsonl are known"
+            )
+        value = read_json(file)
+        parts = ("params", "flops_per_image")
+        if not isinstance(value, dict) or not all(isinstance(value.get(part), dict) for part in parts):
+            raise RecordsError(f"{file}: expected a JSON object with {' and '.join(parts)} by part")
+        return value
+
     # -- metrics -----------------------------------------------------------------------------
 
     def append(self, record: dict[str, Any]) -> None:
@@ -168,7 +196,14 @@ class RunFolder:
     # -- status ------------------------------------------------------------------------------
 
     def status(self) -> dict[str, Any]:
-        """``state`` and what else was set; ``{"state": "waiting"}`` before the first start."""
+        """``state`` and what else was set; ``{"state": "waiting"}`` before the first start.
+
+        After a failure the state is ``failed``, with the ``error`` and ``exit_code`` of the process that
+        failed first, whatever the others went on to write.
+        """
+        return self._own_status() | (read_json(self._failure) if self._failure.exists() else {})
+
+    def _own_status(self) -> dict[str, Any]:
         file = self.path / "status.json"
         if not file.exists():
             return {"state": "waiting", "attempt": 0}
@@ -178,14 +213,35 @@ class RunFolder:
         return value
 
     def set_status(self, state: str, **more: Any) -> None:
-        """Replace the state and merge ``more`` into ``status.json``; sets ``heartbeat`` (Unix time)."""
+        """Replace the state and merge ``more`` into ``status.json``; sets ``heartbeat`` (Unix time).
+
+        A failure recorded before is forgotten. Only for who has the folder alone: before a job's
+        processes work in it, and after.
+        """
+        self.update_status(state, **more)
+        self._failure.unlink(missing_ok=True)
+
+    def update_status(self, state: str, **more: Any) -> None:
+        """As ``set_status``, for the main process of a job: a failure of its peers stays recorded."""
         if state not in STATES:
             raise ValueError(f"unknown state {state!r}")
-        known = self.status()
+        known = self._own_status()
         if state in ("running", "done"):
             known.pop("error", None)
             known.pop("exit_code", None)
         write_json(self.path / "status.json", known | more | {"state": state, "heartbeat": time.time()})
+
+    def fail(self, error: str, exit_code: int) -> None:
+        """Record a failure, from any process of a job and at any time; only the first one counts."""
+        value = {"state": "failed", "error": error, "exit_code": exit_code, "heartbeat": time.time()}
+        with (self.path / ".failure.lock").open("a") as guard:
+            fcntl.flock(guard, fcntl.LOCK_EX)
+            if not self._failure.exists():
+                write_json(self._failure, value)
+
+    @property
+    def _failure(self) -> Path:
+        return self.path / "failure.json"
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

@@ -3,7 +3,8 @@
 Strict means: an unknown key, a missing value or a wrong type is a ``ConfigError`` that says
 which key, what was given and what was expected. A reader of YAML passes ``locate`` to add
 the file and line. Fields with ``metadata={"identity": False}`` (where data lies, not what it
-is) are left out of ``identity`` and so of every hash.
+is) are left out of ``identity`` and so of every hash; a name there instead of False is what the field
+is called in ``identity``, so that a hash outlives a change of fields.
 """
 
 from __future__ import annotations
@@ -25,6 +26,12 @@ Locate = Callable[[Path], str]
 
 class ConfigError(ValueError):
     """A description that cannot be run; the message is meant for the person who wrote it."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ``ConfigError(message)`` unless the condition holds."""
+    if not condition:
+        raise ConfigError(message)
 
 
 def here(path: Path) -> str:
@@ -132,11 +139,8 @@ def to_dict(obj: Any) -> dict[str, Any]:
 def identity(obj: Any) -> Any:
     """As ``to_dict``, without the fields that only say where something lies."""
     if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
-        return {
-            f.name: identity(getattr(obj, f.name))
-            for f in dataclasses.fields(obj)
-            if f.metadata.get("identity", True)
-        }
+        names = {f.name: f.metadata.get("identity", f.name) for f in dataclasses.fields(obj)}
+        return {shown: identity(getattr(obj, name)) for name, shown in names.items() if shown}
     if isinstance(obj, tuple | list):
         return [identity(v) for v in obj]
     return obj

@@ -7,7 +7,8 @@
   that was killed and resumed equals one that was not, and nothing random needs saving.
 - The global batch is fixed. Process r of W takes its share of the rows and splits it into
   micro-batches; the loss is divided by the global token count, so accumulation changes only rounding.
-- No synchronisation inside the loop but at log points: losses stay on the device until then.
+- No synchronisation inside the loop but at log points, where losses leave the device, and where
+  several processes agree on leaving (``scaling.agreement``).
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from scaling import flops
+from scaling.agreement import Agreement
 from scaling.checkpoint import (
     load_checkpoint,
     optimizer_tensors,
+    restore_module,
     restore_optimizer,
     save_checkpoint,
     sync_file,
@@ -49,8 +52,6 @@ from scaling.schedule import learning_rate, weight_decay
 from scaling.tokenizer.vqvae import Tokenizer, load_tokenizer
 
 EVAL_BATCH = 64
-AGREE_EVERY = 10
-"""Steps between agreements of several processes on whether to checkpoint or leave."""
 
 
 class TrainingError(RuntimeError):
@@ -61,14 +62,18 @@ def train(
     folder: RunFolder, config: RunConfig, launch: LaunchConfig, cache: TokenCache, tokenizer: Tokenizer
 ) -> None:
     """Train the run in ``folder`` from its newest checkpoint to the end; every process calls it."""
-    accelerator = make_accelerator(config, launch, folder)
-    with JobProcess(folder, is_main=accelerator.is_main_process) as job:
+    with recorded_failure(folder):
+        accelerator = make_accelerator(config, launch, folder)
+    with JobProcess(folder, accelerator.is_main_process, accelerator.wait_for_everyone) as job:
+        if accelerator.is_main_process:
+            folder.write_costs(flops.costs(config.model))
         state = State(config, launch, accelerator, tokenizer)
         start, total = state.resume(folder), config.total_steps
         train_split, val_split = cache.split("train"), cache.split("val")
         mirror = Mirror(accelerator, config, launch, folder, start)
         batches = Batches(config, launch, accelerator, train_split)
         eval_steps, clock = set(config.eval_steps), Clock(launch.checkpoint_seconds)
+        agreement = Agreement(accelerator, start)
         for step in range(start, total):
             set_rates(state.optimizer, config, step)
             sums = train_step(state, batches, step)
@@ -92,7 +97,7 @@ def train(
                 if not finite(record["loss_avg"]):
                     raise TrainingError(f"the validation loss became {record['loss_avg']} at step {done}")
                 mirror.log(record)
-            leave, due = agree(accelerator, done, job.should_stop(), clock.checkpoint_due())
+            leave, due = agreement.ask(done, job.should_stop(), clock.checkpoint_due())
             if (leave or due) and done < total:
                 with clock.paused():
                     state.save(folder, done)
@@ -162,7 +167,7 @@ class State:
                 f"{folder.path} was trained on tokens of tokenizer {trained_on[:10]}, not of "
                 f"{self.tokenizer_hash[:10]}; remove the run folder or restore the tokenizer"
             )
-        self.bare.load_state_dict(checkpoint.tensors["model"])
+        restore_module(self.bare, checkpoint.tensors["model"])
         restore_optimizer(self.optimizer.optimizer, self.names, checkpoint.tensors["optimizer"])
         if checkpoint.state["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
@@ -291,17 +296,6 @@ def evaluation_record(config: RunConfig, done: int, images: int) -> dict[str, An
     }
 
 
-def agree(accelerator: Accelerator, done: int, leave: bool, due: bool) -> tuple[bool, bool]:
-    """One answer for all processes to "leave?" and "checkpoint now?"; several ask only now and then."""
-    if accelerator.num_processes == 1:
-        return leave, due
-    if done % AGREE_EVERY:
-        return False, False
-    flags = torch.tensor([leave, due], dtype=torch.float32, device=accelerator.device)
-    total = accelerator.reduce(flags, reduction="sum").tolist()
-    return total[0] > 0, total[1] > 0
-
-
 def finish(
     folder: RunFolder, config: RunConfig, launch: LaunchConfig, state: State, tokenizer: Tokenizer
 ) -> None:
@@ -385,7 +379,7 @@ def main() -> None:
         torch.backends.cudnn.allow_tf32 = False  # φ decides tokens' inputs: the same on every device
         tokenizer = load_tokenizer(args.tokenizer / "tokenizer")
         cache = open_cache(args.tokens, tokenizer.content_hash, config.model.scales)
-        train(folder, config, launch, cache, tokenizer)
+    train(folder, config, launch, cache, tokenizer)
 
 
 if __name__ == "__main__":

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scaling.config import DataConfig, RunConfig, TokenizerRunConfig, to_dict
+from scaling.config import DataConfig, LaunchConfig, RunConfig, TokenizerRunConfig, to_dict
 from scaling.flops import checkpoint_bytes, params, params_total, token_bytes, train_flops, train_memory
 from scaling.records import write_json
-from sweeps.calibration import cached_images, load
+from sweeps.calibration import Estimate, cached_images, load
 from sweeps.jobs import PACKAGE_ROOT, Folders, Job, prepare, run_job, tokenizer_jobs
 from sweeps.machine import PROCESS_BYTES, Allotment, Machine, allot
 from sweeps.recipe import Recipe
@@ -44,10 +44,12 @@ class PlannedRun:
     epochs: float
     flops: int
     memory: int
-    """Bytes of all its processes."""
+    """Bytes of all its processes on one machine."""
+    memory_per_process: int
     disk: int
     """Bytes at their most: checkpoints and final weights."""
     seconds: float | None
+    """Expected, of this run by itself."""
     state: str
 
 
@@ -64,6 +66,8 @@ class Plan:
     runs: tuple[PlannedRun, ...]
     jobs: tuple[Job, ...]
     """Tokenizer, tokens, then the runs in the order of ``runs``."""
+    estimates: tuple[Estimate | None, ...]
+    """The time of each job and what it was learnt from; None where nothing like it was measured."""
 
     @property
     def tokenizer_run(self) -> TokenizerRunConfig:
@@ -87,8 +91,15 @@ class Plan:
         return sum(sorted((r.memory for r in self.runs), reverse=True)[: len(self.allotment.slots)])
 
     @property
+    def seconds_sum(self) -> float | None:
+        """The times of all jobs still to do, added; None when one is unknown."""
+        left = [j.seconds for j in self.jobs if j.state != "done"]
+        return None if None in left else sum(s or 0.0 for s in left)
+
+    @property
     def seconds(self) -> float | None:
-        """Time until everything is done, or None when a job's time is unknown."""
+        """Expected time on the clock until everything is done, with as many runs at once as there are
+        places; None when a job's time is unknown."""
         left = [(j.kind, j.seconds, j.weight) for j in self.jobs if j.state != "done"]
         if any(seconds is None for _, seconds, _ in left):
             return None
@@ -107,12 +118,16 @@ class Plan:
                 {"job": j.kind, "folder": str(j.folder.path), "state": j.state, "seconds": j.seconds}
                 for j in self.jobs[:2]
             ],
-            "runs": [dataclasses.asdict(r) for r in self.runs],
+            "runs": [
+                dataclasses.asdict(run) | {"seconds_from": None if found is None else to_dict(found)}
+                for run, found in zip(self.runs, self.estimates[2:], strict=True)
+            ],
             "total": {
                 "flops": sum(r.flops for r in self.runs),
                 "flops_to_do": sum(r.flops for r in self.runs if r.state != "done"),
                 "peak_memory": self.peak_memory,
                 "disk_to_do": self.disk,
+                "seconds_to_do_sum": self.seconds_sum,
                 "seconds_to_do": self.seconds,
             },
         }
@@ -153,26 +168,36 @@ def make_plan(recipe: Recipe, data: DataConfig, root: Path, machine: Machine) ->
     root = root.absolute()
     if data.path is not None:
         data = dataclasses.replace(data, path=str(Path(data.path).expanduser().absolute()))
+    recipe = dataclasses.replace(recipe, tokenizer_train=recipe.tokenizer_train.resolved())
     configs = tuple(recipe.runs(data))
     launch, tokenizer = recipe.launch, recipe.tokenizer_run(data)
     folders = Folders.of(root, recipe.name, tokenizer)
     memories = [_process_memory(recipe, c) for c in configs]
     allotment = allot(machine, launch, memories)
-    calibration = load(root)
+    calibration = load()
 
-    whole_machine = launch.threads or max(1, machine.cores // launch.processes)
-    jobs = [
-        dataclasses.replace(job, seconds=calibration.image_seconds(job.kind, tokenizer, machine))
-        for job in tokenizer_jobs(folders, launch, whole_machine)
-    ]
+    threads = stage_threads(launch, machine)
+    jobs, estimates = tokenizer_jobs(folders, launch, threads), list[Estimate | None]()
+    for index, job in enumerate(jobs):
+        found = calibration.image_job(job.kind, tokenizer, machine, threads, launch.processes)
+        estimates.append(found)
+        jobs[index] = dataclasses.replace(job, seconds=found.seconds if found else None)
     runs = []
     for config, memory in zip(configs, memories, strict=True):
         flops = train_flops(config.model) * config.train.batch * config.total_steps
-        seconds = calibration.run_seconds(config, machine, allotment, launch.processes)
-        job = dataclasses.replace(run_job(folders, config, launch, allotment.threads, flops), seconds=seconds)
-        jobs.append(job)
-        runs.append(_planned(config, job, flops, launch.processes * (memory + PROCESS_BYTES)))
-    return Plan(recipe, data, folders, machine, allotment, configs, tuple(runs), tuple(jobs))
+        found = calibration.run(config, machine, allotment, launch)
+        job = run_job(folders, config, launch, allotment.threads, flops)
+        estimates.append(found)
+        jobs.append(dataclasses.replace(job, seconds=found.seconds if found else None))
+        runs.append(_planned(config, jobs[-1], flops, memory + PROCESS_BYTES, launch.processes))
+    return Plan(
+        recipe, data, folders, machine, allotment, configs, tuple(runs), tuple(jobs), tuple(estimates)
+    )
+
+
+def stage_threads(launch: LaunchConfig, machine: Machine) -> int:
+    """CPU threads per process of the tokenizer and token jobs, which have the machine to themselves."""
+    return launch.threads or max(1, machine.cores // launch.processes)
 
 
 def code_commit() -> str | None:
@@ -200,12 +225,12 @@ def makespan(seconds: Sequence[float], places: int) -> float:
 
 def _process_memory(recipe: Recipe, config: RunConfig) -> int:
     launch = recipe.launch
-    share = -(-config.train.batch // launch.processes)
+    share = -(-config.train.batch // (launch.machines * launch.processes))
     micro = min(launch.micro_batch or share, share)
     return train_memory(config.model, micro, config.train.precision)
 
 
-def _planned(config: RunConfig, job: Job, flops: int, memory: int) -> PlannedRun:
+def _planned(config: RunConfig, job: Job, flops: int, process_memory: int, processes: int) -> PlannedRun:
     model, train, steps = config.model, config.train, config.total_steps
     images = config.data.train_images
     assert images is not None  # RunConfig has checked it
@@ -221,7 +246,8 @@ def _planned(config: RunConfig, job: Job, flops: int, memory: int) -> PlannedRun
         tokens=steps * train.batch * model.seq_len,
         epochs=steps * train.batch / images,
         flops=flops,
-        memory=memory,
+        memory=processes * process_memory,
+        memory_per_process=process_memory,
         disk=CHECKPOINTS * checkpoint_bytes(model) + 4 * params_total(model),
         seconds=job.seconds,
         state=job.state,

@@ -31,18 +31,13 @@ from scaling.config import (
     TokenizerTrainConfig,
     TrainConfig,
     from_dict,
+    require,
     to_dict,
 )
 from sweeps.source import Keys, Source, read_source
 
 SHIPPED = Path(__file__).parent
 RESERVED = ("tokenizers", "tokens")
-
-
-def require(condition: bool, message: str) -> None:
-    """Raise ``ConfigError(message)`` unless the condition holds."""
-    if not condition:
-        raise ConfigError(message)
 
 
 @dataclass(frozen=True)

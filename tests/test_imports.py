@@ -82,6 +82,15 @@ def test_scaling_knows_neither_sweeps_nor_analysis(module: str) -> None:
     assert {n for n in own(imported(module, at_start=False)) if not n.startswith("scaling")} == set()
 
 
+def test_configurations_are_imported_from_one_place() -> None:
+    """``scaling.tokenizer.config`` stands behind ``scaling.config``; its dataclasses have one address."""
+    for module, file in MODULES.items():
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module == "scaling.tokenizer.config":
+                names = {alias.name for alias in node.names if alias.name.endswith("Config")}
+                assert not names or module == "scaling.config", module
+
+
 def test_no_import_circles() -> None:
     """Counting imports inside functions too: a circle hidden in a function is one all the same."""
     graph = {m: own(imported(m, at_start=False)) & MODULES.keys() - {m} for m in MODULES}

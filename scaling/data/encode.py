@@ -2,8 +2,8 @@
 
     python -m scaling.data.encode runs/tokens/<id> --tokenizer runs/tokenizers/<id>
 
-- Several processes (``accelerate launch``) share the shards and never talk: one that fails or is late
-  holds up no collective, and the first one writes the manifest when all shards are there.
+- Several processes (``accelerate launch``) share the shards and, once begun, never talk: one that fails
+  or is late holds up no collective, and the first one writes the manifest when all shards are there.
 - Images are read in threads while the tokenizer encodes; the batch is small enough that the published
   tokenizer's widest layer fits into a gigabyte on the CPU.
 - Started again, it checks every shard and encodes what is missing or damaged.
@@ -46,28 +46,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokenizer", type=Path, required=True, help="the tokenizer run's folder")
     given = parser.parse_args(arguments)
     folder = RunFolder(given.folder)
-    with recorded_failure(folder):
-        encode_folder(folder, given.tokenizer)
+    encode_folder(folder, given.tokenizer)
 
 
 def encode_folder(folder: RunFolder, tokenizer_run: Path) -> None:
     """Encode the images of ``folder``'s config with the tokenizer of ``tokenizer_run``."""
-    config = from_dict(TokenizerRunConfig, folder.config())
-    launch_file = folder.path / "launch.json"
-    launch = from_dict(LaunchConfig, read_json(launch_file)) if launch_file.exists() else LaunchConfig()
-
     import torch
     from accelerate import PartialState
 
     from scaling.tokenizer.vqvae import load_tokenizer
 
-    if launch.device == "cuda" and not torch.cuda.is_available():
-        raise RecordsError(f"{launch_file}: device is cuda, and torch finds no GPU here")
-    if launch.threads is not None:
-        torch.set_num_threads(launch.threads)
-    torch.backends.cudnn.allow_tf32 = False  # a token is an argmin: the same on every device
-    state = PartialState(cpu=launch.device == "cpu")
-    with JobProcess(folder, is_main=state.is_main_process) as job:
+    with recorded_failure(folder):
+        config = from_dict(TokenizerRunConfig, folder.config())
+        launch_file = folder.path / "launch.json"
+        launch = from_dict(LaunchConfig, read_json(launch_file)) if launch_file.exists() else LaunchConfig()
+        if launch.device == "cuda" and not torch.cuda.is_available():
+            raise RecordsError(f"{launch_file}: device is cuda, and torch finds no GPU here")
+        if launch.threads is not None:
+            torch.set_num_threads(launch.threads)
+        torch.backends.cudnn.allow_tf32 = False  # a token is an argmin: the same on every device
+        state = PartialState(cpu=launch.device == "cpu")
+    with JobProcess(folder, state.is_main_process, state.wait_for_everyone) as job:
         tokenizer = load_tokenizer(tokenizer_run / "tokenizer")
         if tokenizer.config != config.tokenizer:
             raise RecordsError(

@@ -98,6 +98,40 @@ class ImageSource(Protocol):
         ...
 
 
+class SourceView:
+    """An ``ImageSource`` that passes everything on to another; a subclass changes what it must."""
+
+    def __init__(self, source: ImageSource) -> None:
+        self.source = source
+        self.skipped = source.skipped
+
+    @property
+    def num_classes(self) -> int:
+        """As the source."""
+        return self.source.num_classes
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """As the source."""
+        return self.source.class_names
+
+    def count(self, split: Split) -> int:
+        """As the source."""
+        return self.source.count(split)
+
+    def label(self, split: Split, i: int) -> int:
+        """As the source."""
+        return self.source.label(split, i)
+
+    def image(self, split: Split, i: int) -> Image.Image:
+        """As the source."""
+        return self.source.image(split, i)
+
+    def fingerprint(self) -> str:
+        """As the source."""
+        return self.source.fingerprint()
+
+
 def decode(content: bytes | Path, name: str) -> Image.Image:
     """An image file as RGB.
 

@@ -8,6 +8,9 @@
   a point along its row only, the pair cannot show one half's validation region in the other's training.
 - Bands of equal height give both splits the same range of zooms: the side of a crop is log-uniform
   from the pixels that the augmentation needs up to the height of a band.
+- Crops are independent draws from these photographs' regions, class by class. A standard error over
+  them therefore says how well the mean over *these regions* is known, overlaps or not; it says nothing of
+  other photographs, which 18 of them could hardly tell.
 - Image i is a pure function of (data.seed, split, i) for a given resolution; there are as many as
   asked for.
 """

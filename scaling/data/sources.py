@@ -14,31 +14,23 @@ import numpy as np
 from PIL import Image
 
 from scaling.config import DataConfig
-from scaling.data.images import ImageSource, Split
+from scaling.data.images import ImageSource, SourceView, Split
 from scaling.data.sampler import permutation
 from scaling.schema import ConfigError
 
 
-class Chosen:
-    """The images of ``source`` that a study uses: the first of a seeded shuffle, in the source's order."""
+class Chosen(SourceView):
+    """The images of ``source`` that a study uses: the first of a seeded shuffle, in the source's order.
+
+    The fingerprint is of the whole source; the choice follows from the config.
+    """
 
     def __init__(self, source: ImageSource, data: DataConfig) -> None:
-        self.source = source
-        self.skipped = source.skipped
+        super().__init__(source)
         self._indices = {
             split: np.sort(permutation(data.seed, number, source.count(split))[:wanted])
             for number, (split, wanted) in enumerate(wanted_counts(data).items())
         }
-
-    @property
-    def num_classes(self) -> int:
-        """As the source."""
-        return self.source.num_classes
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """As the source."""
-        return self.source.class_names
 
     def count(self, split: Split) -> int:
         """How many are used."""
@@ -51,10 +43,6 @@ class Chosen:
     def image(self, split: Split, i: int) -> Image.Image:
         """The i-th used image."""
         return self.source.image(split, int(self._indices[split][i]))
-
-    def fingerprint(self) -> str:
-        """Of the whole source; the choice follows from the config."""
-        return self.source.fingerprint()
 
 
 def wanted_counts(data: DataConfig) -> dict[Split, int | None]:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from scaling.config import DataConfig
-from scaling.data.images import ImageSource, Split
+from scaling.data.images import ImageSource, SourceView, Split
 from scaling.data.sampler import batch_indices, batch_views
 from scaling.data.transforms import image_batch
 
@@ -29,33 +29,14 @@ CROPS = 2**31
 """Every epoch sees a fresh random crop of each image."""
 
 
-class KeptOriginals:
+class KeptOriginals(SourceView):
     """A source whose decoded images are kept until they fill ``budget`` bytes; later ones are not."""
 
     def __init__(self, source: ImageSource, budget: int = CACHE_BYTES) -> None:
-        self.source = source
-        self.skipped = source.skipped
+        super().__init__(source)
         self._kept: dict[tuple[Split, int], Image.Image] = {}
         self._free = budget
         self._guard = threading.Lock()
-
-    @property
-    def num_classes(self) -> int:
-        """As the source."""
-        return self.source.num_classes
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """As the source."""
-        return self.source.class_names
-
-    def count(self, split: Split) -> int:
-        """As the source."""
-        return self.source.count(split)
-
-    def label(self, split: Split, i: int) -> int:
-        """As the source."""
-        return self.source.label(split, i)
 
     def image(self, split: Split, i: int) -> Image.Image:
         """As the source, decoded once where it is kept."""
@@ -69,10 +50,6 @@ class KeptOriginals:
                 self._kept[split, i] = image
                 self._free -= size
         return image
-
-    def fingerprint(self) -> str:
-        """As the source."""
-        return self.source.fingerprint()
 
 
 def train_images(

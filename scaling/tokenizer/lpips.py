@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from scaling.config import ConfigError
+from scaling.tokenizer.config import LPIPS_KEY, lpips_digest, lpips_files
 
 STAGES: tuple[tuple[int, ...], ...] = (
     (64, 64),
@@ -83,16 +84,24 @@ class _Head(nn.Module):
         return out_B1HW
 
 
-def load_lpips(path: str) -> LPIPS:
+def load_lpips(path: str, sha256: str | None) -> LPIPS:
     """LPIPS with weights from a file, or from all .safetensors and .pth files of a folder.
 
+    Args:
+        path: where they lie.
+        sha256: what they must be (``TokenizerTrainConfig.lpips_sha256``).
+
     Raises:
-        ConfigError: no such path, a file that is no such thing, or weights that are missing or misshapen.
+        ConfigError: no such path, a file that is no such thing, other weights than these, or weights that
+            are missing or misshapen.
     """
-    where = Path(path)
-    files = [where]
-    if where.is_dir():
-        files = sorted(p for p in where.iterdir() if p.suffix in (".safetensors", ".pth"))
+    files = lpips_files(Path(path))
+    found = lpips_digest(files)
+    if found != sha256:
+        raise ConfigError(
+            f"{LPIPS_KEY}: {path} holds other weights than the tokenizer was planned with "
+            f"(SHA-256 {found[:12]}…, not {(sha256 or 'unknown')[:12]}…); put those back, or plan again"
+        )
     weights: dict[str, Tensor] = {}
     for file in files:
         weights |= _read(file)
@@ -101,13 +110,13 @@ def load_lpips(path: str) -> LPIPS:
     missing = [name for name in wanted if name not in weights]
     if missing:
         raise ConfigError(
-            f"tokenizer_train.lpips_weights: {path} lacks {len(missing)} of {len(wanted)} weights, such as "
+            f"{LPIPS_KEY}: {path} lacks {len(missing)} of {len(wanted)} weights, such as "
             f"'{missing[0]}' (expected torchvision's vgg16 'features.*' and LPIPS's 'lin0.model.1.weight' …)"
         )
     for name, value in wanted.items():
         if weights[name].shape != value.shape:
             raise ConfigError(
-                f"tokenizer_train.lpips_weights: {path}: '{name}' has shape {tuple(weights[name].shape)}, "
+                f"{LPIPS_KEY}: {path}: '{name}' has shape {tuple(weights[name].shape)}, "
                 f"expected {tuple(value.shape)}"
             )
     model.load_state_dict({name: weights[name] for name in wanted})
@@ -115,16 +124,15 @@ def load_lpips(path: str) -> LPIPS:
 
 
 def _read(file: Path) -> dict[str, Tensor]:
-    key = "tokenizer_train.lpips_weights"
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
         found = torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ConfigError(f"{key}: {file}: no such file") from None
     except (OSError, SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"{key}: {file}: not a readable file of weights ({reason})") from None
+        raise ConfigError(f"{LPIPS_KEY}: {file}: not a readable file of weights ({reason})") from None
     if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
-        raise ConfigError(f"{key}: {file}: expected a state dict of tensors, got a {type(found).__name__}")
+        raise ConfigError(
+            f"{LPIPS_KEY}: {file}: expected a state dict of tensors, got a {type(found).__name__}"
+        )
     return found

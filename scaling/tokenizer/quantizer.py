@@ -159,7 +159,7 @@ class MultiScaleQuantizer(nn.Module):
 
     def cumulative_features(self, tokens_BL: Tensor) -> list[Tensor]:
         """f_hat (B, C, H, W) after each scale; the last is ``features``."""
-        return [f_hat_BCHW for f_hat_BCHW, _ in self._replay(tokens_BL)]
+        return [f_hat_BCHW for f_hat_BCHW, _ in self._replay(self._by_scale(tokens_BL))]
 
     def features(self, tokens_BL: Tensor) -> Tensor:
         """f_hat (B, C, H, W) of all scales' tokens (VAR algorithm 2)."""
@@ -170,11 +170,11 @@ class MultiScaleQuantizer(nn.Module):
 
         Position by position, the cumulative f_hat of the scales before, area-averaged to the scale's size.
         """
-        inputs = [
-            next_BChw.flatten(2).mT for _, next_BChw in self._replay(tokens_BL) if next_BChw is not None
-        ]
-        if not inputs:
-            return tokens_BL.new_zeros(len(tokens_BL), 0, self.config.latent_channels, dtype=torch.float32)
+        inputs = [tokens_BL.new_zeros(len(tokens_BL), 0, self.config.latent_channels, dtype=torch.float32)]
+        # No input stands on the last scale's tokens.
+        for _, next_BChw in self._replay(self._by_scale(tokens_BL)[:-1]):
+            assert next_BChw is not None
+            inputs.append(next_BChw.flatten(2).mT)
         return torch.cat(inputs, dim=1)
 
     # -- training ----------------------------------------------------------------------------
@@ -228,15 +228,19 @@ class MultiScaleQuantizer(nn.Module):
             residual_BCHW = residual_BCHW - h_BCHW.detach()
             yield tokens_N.view(B, h * w), vectors_NC, h_BCHW
 
-    def _replay(self, tokens_BL: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Per scale, from tokens: what ``advance`` returns."""
+    def _by_scale(self, tokens_BL: Tensor) -> tuple[Tensor, ...]:
+        """Each scale's tokens (B, h·w)."""
         counts = [h * w for h, w in self.sizes]
         if tokens_BL.shape[1] != sum(counts):
             raise ValueError(f"expected {sum(counts)} tokens per image, got {tokens_BL.shape[1]}")
+        return tokens_BL.split(counts, dim=1)
+
+    def _replay(self, tokens: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Per scale, from the tokens (B, h·w) of the first scales: what ``advance`` returns."""
         f_hat_BCHW = self.embedding.weight.new_zeros(
-            len(tokens_BL), self.config.latent_channels, *self.sizes[-1], dtype=torch.float32
+            1, self.config.latent_channels, *self.sizes[-1], dtype=torch.float32
         )
-        for k, tokens_Bl in enumerate(tokens_BL.split(counts, dim=1)):
+        for k, tokens_Bl in enumerate(tokens):
             codes_BChw = self.codes(tokens_Bl).mT.unflatten(2, self.sizes[k])
             f_hat_BCHW, next_BChw = self.advance(k, f_hat_BCHW, codes_BChw)
             yield f_hat_BCHW, next_BChw

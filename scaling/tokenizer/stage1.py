@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor, nn
 
-from scaling.checkpoint import Checkpoint, Tensors, optimizer_tensors, restore_optimizer
+from scaling.checkpoint import Checkpoint, Tensors, optimizer_tensors, restore_module, restore_optimizer
 from scaling.config import ConfigError, TokenizerRunConfig
 from scaling.tokenizer.codebook import forget_moments, hits, perplexity, revive, seeded_codebook, usage
 from scaling.tokenizer.discriminator import PatchDiscriminator
@@ -49,7 +49,7 @@ class Stage1:
         self.config, self.accelerator, self.device = config, accelerator, accelerator.device
         self.perceptual: nn.Module | None = None
         if train.lpips_weights is not None and train.perceptual > 0:
-            self.perceptual = load_lpips(train.lpips_weights).to(self.device)
+            self.perceptual = load_lpips(train.lpips_weights, train.lpips_sha256).to(self.device)
         # The same initial weights on every process and whatever was drawn before.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(train.seed)
@@ -288,10 +288,10 @@ class Stage1:
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint of this run as if nothing had happened."""
         tensors = checkpoint.tensors
-        self.tokenizer.load_state_dict(tensors["tokenizer"])
+        restore_module(self.tokenizer, tensors["tokenizer"])
         restore_optimizer(self.optimizer, dict(self.tokenizer.named_parameters()), tensors["optimizer"])
         if self.discriminator is not None and self.judge_optimizer is not None:
-            self.discriminator.load_state_dict(tensors["discriminator"])
+            restore_module(self.discriminator, tensors["discriminator"])
             names = dict(self.discriminator.named_parameters())
             restore_optimizer(self.judge_optimizer, names, tensors["discriminator_optimizer"])
         counters = tensors["counters"]

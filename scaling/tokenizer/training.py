@@ -29,6 +29,7 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor
 
+from scaling.agreement import Agreement
 from scaling.checkpoint import load_checkpoint, save_checkpoint
 from scaling.config import ConfigError, LaunchConfig, TokenizerRunConfig, from_dict, identity, require
 from scaling.data.images import ImageSource
@@ -65,11 +66,11 @@ def main(arguments: list[str] | None = None) -> None:
         if launch.threads is not None:
             torch.set_num_threads(launch.threads)
         torch.backends.cudnn.allow_tf32 = False  # a token is an argmin: the same on every device
-        try:
-            with JobProcess(folder, is_main=accelerator.is_main_process) as job:
-                train_tokenizer(config, launch, folder, accelerator, job, open_source(config.data))
-        finally:
-            accelerator.end_training()
+    try:
+        with JobProcess(folder, accelerator.is_main_process, accelerator.wait_for_everyone) as job:
+            train_tokenizer(config, launch, folder, accelerator, job, open_source(config.data))
+    finally:
+        accelerator.end_training()
 
 
 def make_accelerator(launch: LaunchConfig) -> Accelerator:
@@ -142,6 +143,7 @@ def train_tokenizer(
         folder.truncate(first)
 
     logged_at, logged_step, saved_at = time.monotonic(), first, time.monotonic()
+    agreement = Agreement(accelerator, first)
     with contextlib.closing(prefetched(load, first, train.steps, threads)) as stream:
         for step, batch in enumerate(stream, first):
             if step == train.autoencode_steps:
@@ -162,7 +164,7 @@ def train_tokenizer(
             if done % train.checkpoint_every == 0 and train.autoencode_steps < done < train.steps:
                 evaluate_and_log(trained, validation, folder, done, launch)
             late = time.monotonic() - saved_at > launch.checkpoint_seconds
-            stop, late = agreed(accelerator, job.should_stop(), late)
+            stop, late = agreement.ask(done, job.should_stop(), late)
             if stop or late or done % train.checkpoint_every == 0 or done == train.steps:
                 checkpoint(done)
                 saved_at = time.monotonic()
@@ -172,14 +174,6 @@ def train_tokenizer(
     if main_process:
         finish(trained, source, validation, facts, folder)
     accelerator.wait_for_everyone()
-
-
-def agreed(accelerator: Accelerator, *flags: bool) -> tuple[bool, ...]:
-    """Each flag, raised for all processes if any process raised it."""
-    if accelerator.num_processes == 1:
-        return flags
-    mine = torch.tensor([flags], dtype=torch.int32, device=accelerator.device)
-    return tuple(bool(f) for f in accelerator.gather(mine).amax(0))
 
 
 def to_device(images: UInt8, device: torch.device) -> Tensor:

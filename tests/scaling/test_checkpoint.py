@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from scaling import checkpoint as module
-from scaling.checkpoint import Tensors, load_checkpoint, optimizer_tensors, restore_optimizer, save_checkpoint
+from scaling.checkpoint import (
+    Tensors,
+    load_checkpoint,
+    optimizer_tensors,
+    restore_module,
+    restore_optimizer,
+    save_checkpoint,
+)
 from scaling.records import RecordsError
 
 
@@ -156,6 +165,48 @@ def test_an_optimizer_goes_on_bit_for_bit(fused: bool, kind: type[torch.optim.Ad
     trained(second, resumed, at, 6)
     for name, value in whole.state_dict().items():
         assert torch.equal(second.state_dict()[name], value)
+
+
+def test_loading_takes_the_memory_of_one_tensor(tmp_path: Path) -> None:
+    """Read from the kernel's own account, in a process of its own: 64 MiB in tensors of 4."""
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("needs Linux's /proc")
+    values = {f"w{i}": torch.full((2**20,), float(i)) for i in range(16)}
+    save_checkpoint(tmp_path, 1, {"model": values}, {})
+    found = subprocess.run(
+        [sys.executable, "-c", LOADING, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    assert int(found.stdout) < 16 * 2**20
+
+
+LOADING = """
+import sys, torch
+from torch import nn
+from scaling.checkpoint import load_checkpoint, restore_module
+
+def highest():
+    return sum(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
+
+model = nn.Module()
+for i in range(16):
+    model.register_parameter(f"w{i}", nn.Parameter(torch.zeros(2**20)))
+restore_module(model, model.state_dict())
+open("/proc/self/clear_refs", "w").write("5")  # the highest is from now on
+before = highest()
+restore_module(model, load_checkpoint(sys.argv[1]).tensors["model"])
+assert all(float(p[-1]) == i for i, p in enumerate(model.parameters()))
+print(highest() - before)
+"""
+
+
+def test_a_module_takes_the_tensors_of_its_own_only() -> None:
+    model, saved = network(), {name: value + 1 for name, value in network().state_dict().items()}
+    restore_module(model, saved)
+    assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
+    with pytest.raises(RecordsError, match=r"another model: 1 tensors are only in one .* such as '0\.bias'"):
+        restore_module(model, {name: value for name, value in saved.items() if name != "0.bias"})
+    with pytest.raises(RecordsError, match=r"0\.weight is \(6, 5\), not \(5, 6\)"):
+        restore_module(model, saved | {"0.weight": saved["0.weight"].T})
 
 
 def test_state_of_another_model_is_refused() -> None:

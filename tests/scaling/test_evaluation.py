@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,6 +17,7 @@ from scaling.clock import Clock
 from scaling.config import ModelConfig, TokenizerConfig
 from scaling.evaluation import Evaluation, evaluate, per_scale, token_losses
 from scaling.families.var import VAR
+from scaling.records import RunFolder
 from scaling.tokenizer.quantizer import MultiScaleQuantizer
 
 SCALES = (1, 2, 3)
@@ -59,8 +61,14 @@ def test_a_part_of_the_images_is_spread_over_all(monkeypatch: pytest.MonkeyPatch
     assert model.training
 
 
-def test_one_image_has_no_standard_error() -> None:
-    assert Evaluation(np.ones((1, 3)), np.ones((1, 3)), SIZES).record()["loss_avg_se"] is None
+def test_one_image_has_no_standard_error(tmp_path: Path) -> None:
+    record = Evaluation(np.ones((1, 3)), np.ones((1, 3)), SIZES).record()
+    errors = [name for name in record if name.endswith("_se")]
+    assert len(errors) == 4
+    assert all(math.isnan(record[name]) for name in errors)
+    folder = RunFolder(tmp_path)
+    folder.append({"kind": "eval", "step": 1, **record})
+    assert [folder.metrics()[0][name] for name in errors] == [None] * 4
 
 
 def test_uniform_logits_lose_the_log_of_the_vocabulary() -> None:

@@ -142,6 +142,23 @@ def test_a_peer_process_writes_its_failure_only_and_the_first_failure_counts(tmp
     assert folder.status()["error"] == "ValueError: the cause"
 
 
+def test_the_others_enter_after_the_main_process(tmp_path: Path) -> None:
+    """Else it would take a failure of theirs for one of the attempt before, and forget it."""
+    folder, waited = RunFolder(tmp_path), []
+    folder.set_status("running", attempt=1)
+    folder.fail("of the attempt before", 1)
+
+    def wait() -> None:
+        waited.append(folder.status()["state"])
+
+    with JobProcess(folder, is_main=True, wait=wait):
+        with pytest.raises(ValueError, match="cause"), JobProcess(folder, is_main=False, wait=wait):
+            raise ValueError("the cause")
+        assert folder.status()["error"] == "ValueError: the cause"
+    assert waited == ["running", "running"]
+    assert folder.status()["state"] == "failed"
+
+
 def test_the_heartbeat_goes_on_while_the_job_is_silent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,7 +184,7 @@ def test_a_full_disk_reaches_the_job_through_its_heartbeat_and_is_told_in_one_li
 
     def main() -> None:
         with JobProcess(folder) as job:
-            monkeypatch.setattr(folder, "set_status", full)
+            monkeypatch.setattr(folder, "update_status", full)
             job.beat(step=1)
             deadline = time.monotonic() + 5
             while time.monotonic() < deadline:

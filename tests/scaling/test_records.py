@@ -94,6 +94,65 @@ def test_status_merges_and_clears_old_errors(folder: RunFolder) -> None:
         folder.set_status("sleeping")
 
 
+def test_the_first_failure_counts_whatever_the_main_process_writes(folder: RunFolder) -> None:
+    folder.set_status("running", attempt=1)
+    folder.fail("the cause", 2)
+    folder.fail("what followed", 1)
+    for state in ("running", "done", "failed"):
+        folder.update_status(state, step=7)
+        status = RunFolder(folder.path).status()
+        assert (status["state"], status["error"], status["exit_code"]) == ("failed", "the cause", 2)
+        assert status["step"] == 7
+    folder.set_status("running", attempt=2)
+    status = folder.status()
+    assert (status["state"], status["attempt"]) == ("running", 2)
+    assert not {"error", "exit_code"} & status.keys()
+
+
+FAILING = """
+import sys
+from scaling.records import RunFolder
+folder = RunFolder(sys.argv[1])
+sys.stdin.readline()
+folder.fail(f"error of {sys.argv[2]}", 1)
+"""
+
+
+def test_a_failure_beside_a_busy_main_process_is_not_lost(folder: RunFolder) -> None:
+    """Peers fail at the same moment while the main process writes its status as fast as it can."""
+    folder.set_status("running", attempt=1)
+    command = [sys.executable, "-c", FAILING, str(folder.path)]
+    peers = [subprocess.Popen([*command, str(n)], stdin=subprocess.PIPE) for n in range(3)]
+    for peer in peers:
+        assert peer.stdin is not None
+        peer.stdin.write(b"\n")
+        peer.stdin.flush()
+    step = 0
+    while any(peer.poll() is None for peer in peers):
+        folder.update_status("running", step=step)
+        step += 1
+    folder.update_status("done")
+    for peer in peers:
+        peer.communicate()
+        assert peer.returncode == 0
+    status = folder.status()
+    assert status["state"] == "failed"
+    assert status["error"] in {f"error of {n}" for n in range(3)}
+    assert json.loads((folder.path / "status.json").read_text())["state"] == "done"
+
+
+def test_costs_come_back_and_an_older_run_says_so(folder: RunFolder) -> None:
+    with pytest.raises(RecordsError, match=r"costs\.json: no such file: the run was trained before"):
+        folder.costs()
+    costs = {"params": {"qkv": 3}, "flops_per_image": {"qkv": 18}, "tokens_per_image": 1}
+    folder.write_costs(costs)
+    assert folder.costs() == costs
+    for wrong in ([], {"params": {}}, {"params": 3, "flops_per_image": {}}):
+        write_json(folder.path / "costs.json", wrong)
+        with pytest.raises(RecordsError, match=r"costs\.json: expected"):
+            folder.costs()
+
+
 def test_a_damaged_status_is_named(folder: RunFolder) -> None:
     (folder.path / "status.json").write_text('{"state": "happy"}')
     with pytest.raises(RecordsError, match=r"status.json: expected"):

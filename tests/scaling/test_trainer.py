@@ -100,6 +100,10 @@ def test_a_run_leaves_its_records(unbroken: RunFolder) -> None:
     assert status["images_per_second"] > 0
     assert status["peak_memory"] > 0
     assert (unbroken.path / "samples.png").stat().st_size > 0
+    costs = unbroken.costs()
+    assert costs == flops.costs(config.model)
+    assert last["flops"] == 160 * sum(costs["flops_per_image"].values())
+    assert last["params_total"] == sum(costs["params"].values())
 
 
 def test_training_lowers_the_loss(chain: tuple[Path, Path], tmp_path: Path) -> None:
@@ -180,6 +184,21 @@ def test_two_processes_equal_one(unbroken: RunFolder, chain: tuple[Path, Path], 
     assert start(folder, chain, launcher).wait(120) == 0
     assert folder.status()["processes"] == 2
     assert_equal_within_rounding(folder, unbroken)
+
+
+def test_two_processes_leave_together_and_go_on(chain: tuple[Path, Path], tmp_path: Path) -> None:
+    """Asked to leave, they agree on a step and save it, before their launcher kills them."""
+    launch = dataclasses.replace(tiny.LAUNCH, processes=2)
+    folder = tiny.make_run(tmp_path / "run", tiny.run_config(steps=10**6), launch)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    process = start(folder, chain, launcher)
+    while not folder.metrics("train"):
+        assert process.poll() is None, "ended before its first line"
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    process.wait(60)
+    assert folder.status()["state"] == "interrupted"
+    assert load_step(folder.path) >= folder.metrics()[-1]["step"]
 
 
 def test_no_pictures_may_be_asked_for(chain: tuple[Path, Path], tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import pickle
 from pathlib import Path
 
@@ -12,10 +14,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from scaling.config import AdversarialConfig, ConfigError, TokenizerTrainConfig
+from scaling.config import AdversarialConfig, ConfigError, TokenizerTrainConfig, identity
 from scaling.tokenizer.discriminator import PatchDiscriminator
 from scaling.tokenizer.losses import adaptive_weight, hinge_discriminator, hinge_generator, learning_rate
 from scaling.tokenizer.lpips import LPIPS, load_lpips
+from tests.scaling.tokenizer import tiny
 
 
 @given(st.integers(1, 500), st.integers(0, 60))
@@ -104,6 +107,62 @@ def test_lpips_gradient_reaches_the_image_only(lpips: LPIPS) -> None:
     assert all(p.grad is None for p in lpips.parameters())
 
 
+def load(path: str) -> LPIPS:
+    """As a tokenizer planned with these weights does."""
+    train = TokenizerTrainConfig(lpips_weights=path).resolved()
+    assert train.lpips_weights is not None
+    return load_lpips(train.lpips_weights, train.lpips_sha256)
+
+
+def tokenizer_id(path: Path | None, **more: str) -> str:
+    weights = None if path is None else str(path)
+    train = TokenizerTrainConfig(lpips_weights=weights, **more).resolved()
+    return dataclasses.replace(tiny.RUN, train=train).run_id
+
+
+def test_a_moved_file_is_the_same_tokenizer_and_a_changed_one_another(tmp_path: Path) -> None:
+    file, moved, folder = tmp_path / "a.pth", tmp_path / "b.safetensors", tmp_path / "folder"
+    file.write_bytes(b"one")
+    moved.write_bytes(b"one")
+    folder.mkdir()
+    (folder / "vgg.pth").write_bytes(b"one")
+    before = tokenizer_id(file)
+    assert tokenizer_id(moved) == tokenizer_id(folder) == before != tokenizer_id(None)
+    (folder / "lin.pth").write_bytes(b"heads")
+    (folder / "notes.txt").write_bytes(b"not weights")
+    both = tokenizer_id(folder)
+    assert both != before
+    (folder / "notes.txt").unlink()
+    assert tokenizer_id(folder) == both
+    file.write_bytes(b"two")
+    assert tokenizer_id(file) != before
+    # Known weights need not be at hand: where they lie is found out when they are needed.
+    known = hashlib.sha256(b"one").hexdigest()
+    assert tokenizer_id(tmp_path / "elsewhere.pth", lpips_sha256=known) == before
+
+
+def test_an_id_from_before_the_content_counted_is_still_the_id() -> None:
+    assert identity(TokenizerTrainConfig())["lpips_weights"] is None
+    assert "lpips_sha256" not in identity(TokenizerTrainConfig())
+
+
+def test_weights_are_known_before_a_tokenizer_is_planned_and_the_same_when_it_is_trained(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "a.pth"
+    with pytest.raises(ConfigError, match=r"lpips_weights: .*a\.pth: no such file"):
+        TokenizerTrainConfig(lpips_weights=str(file)).resolved()
+    with pytest.raises(ConfigError, match=r"lpips_weights: .*no \.safetensors and no \.pth file"):
+        TokenizerTrainConfig(lpips_weights=str(tmp_path)).resolved()
+    with pytest.raises(ConfigError, match="lpips_sha256 is not known yet"):
+        dataclasses.replace(tiny.RUN, train=TokenizerTrainConfig(lpips_weights=str(file)))
+    file.write_bytes(b"one")
+    train = TokenizerTrainConfig(lpips_weights=str(file)).resolved()
+    file.write_bytes(b"two")
+    with pytest.raises(ConfigError, match="holds other weights than the tokenizer was planned with"):
+        load_lpips(str(file), train.lpips_sha256)
+
+
 def test_lpips_weights_are_read_from_either_format(lpips: LPIPS, tmp_path: Path) -> None:
     weights = lpips.state_dict()
     assert "features.28.bias" in weights
@@ -113,10 +172,10 @@ def test_lpips_weights_are_read_from_either_format(lpips: LPIPS, tmp_path: Path)
     }
     torch.save(vgg, tmp_path / "vgg16.pth")
     save_file({k: v for k, v in weights.items() if k.startswith("lin")}, tmp_path / "lpips.safetensors")
-    loaded = load_lpips(str(tmp_path))
+    loaded = load(str(tmp_path))
     assert all(torch.equal(v, loaded.state_dict()[k]) for k, v in weights.items())
     with pytest.raises(ConfigError, match=r"vgg16\.pth lacks 5 of 31 weights, such as 'lin0"):
-        load_lpips(str(tmp_path / "vgg16.pth"))
+        load(str(tmp_path / "vgg16.pth"))
 
 
 class Attack:
@@ -127,18 +186,18 @@ class Attack:
 def test_bad_lpips_weights_are_refused(lpips: LPIPS, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=r"none\.pth: no such file"):
-        load_lpips("none.pth")
+        load("none.pth")
     Path("noise.pth").write_bytes(b"noise")
     Path("noise.safetensors").write_bytes(b"noise")
     Path("attack.pth").write_bytes(pickle.dumps(Attack(), protocol=2))
     torch.save({"a": Attack()}, "zipped.pth")
     for name in ("noise.pth", "noise.safetensors", "attack.pth", "zipped.pth"):
         with pytest.raises(ConfigError, match="not a readable file of weights"):
-            load_lpips(name)
+            load(name)
     assert not Path("attacked").exists()
     torch.save([1], "list.pth")
     with pytest.raises(ConfigError, match="expected a state dict of tensors, got a list"):
-        load_lpips("list.pth")
+        load("list.pth")
     torch.save(lpips.state_dict() | {"features.0.bias": torch.ones(3)}, "shape.pth")
     with pytest.raises(ConfigError, match=r"'features\.0\.bias' has shape \(3,\), expected \(64,\)"):
-        load_lpips("shape.pth")
+        load("shape.pth")

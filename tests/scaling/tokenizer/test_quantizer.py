@@ -86,6 +86,17 @@ def test_sampling_sees_what_teacher_forcing_gave(scales: tuple[int, ...], seed: 
     assert torch.equal(f_hat, q.features(tokens))
 
 
+def test_teacher_inputs_need_no_work_of_the_last_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    q = quantizer((1, 2, 4))
+    tokens, asked = torch.zeros(2, 21, dtype=torch.int64), []
+    advance = q.advance
+    monkeypatch.setattr(q, "advance", lambda k, *rest: (asked.append(k), advance(k, *rest))[1])
+    assert q.teacher_inputs(tokens).shape == (2, 20, 8)
+    assert asked == [0, 1]
+    with pytest.raises(ValueError, match="expected 21 tokens per image, got 20"):
+        q.teacher_inputs(tokens[:, :20])
+
+
 def test_loss_is_the_mean_over_scales_of_the_cumulative_error() -> None:
     q, f = quantizer(), features(4)
     trained = q(f)
