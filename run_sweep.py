@@ -10,10 +10,13 @@ COMMAND is one of
     status     print where every job stands
     report     write the report of what is there
     sample     draw pictures from a finished run
+and one more needs no recipe:
+    python run_sweep.py fit TABLE [--key value ...]      fit a scaling law to any table of runs
 
 RECIPE is a file or the name of a shipped recipe: quickstart, cifar10, cifar10-cpu, imagenet256.
-Any value of the recipe can be set: --train.lr 3e-4 --depths 2 4 6 --data.path X;
-'python run_sweep.py plan RECIPE --help' lists them all with their values.
+plan, tokenize and run take any value of the recipe: --train.lr 3e-4 --depths 2 4 6 --data.path X.
+'python run_sweep.py COMMAND --help' lists a command's own options,
+'python run_sweep.py plan RECIPE --help' the values of the recipe too.
 
 Exit codes: 0 done; 1 a run failed; 2 bad input, told in one line; 130 interrupted.
 
@@ -26,17 +29,18 @@ import difflib
 import errno
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from scaling.config import ConfigError, DataConfig, from_dict
 from scaling.process import one_line
 from scaling.records import RecordsError
-from sweeps.options import help_text, options_of, parse
+from sweeps.options import Option, help_text, options_of, parse
 from sweeps.recipe import Recipe, load_recipe
 
+SCRIPT = "python run_sweep.py"
 REFUSED = 2
 USER_ERRORS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS),
@@ -54,23 +58,41 @@ class Options:
 
 
 @dataclass(frozen=True)
-class TableOptions(Options):
-    """Options of ``plan`` and ``status``."""
+class PlanOptions(Options):
+    """Options of ``plan``."""
 
     json: bool = False
     """Print JSON instead of a table."""
 
 
 @dataclass(frozen=True)
-class ReportOptions(Options):
-    """Options of ``run`` and ``report``."""
+class RunOptions(Options):
+    """Options of ``run``."""
 
     open: bool = False
     """Open the report in a browser."""
 
 
 @dataclass(frozen=True)
-class SampleOptions(Options):
+class SweepOptions(Options):
+    """Options of every command that reads a sweep as it is, without planning it."""
+
+    name: str | None = None
+    """The sweep's folder under the root; by default the recipe's name."""
+
+
+@dataclass(frozen=True)
+class StatusOptions(SweepOptions, PlanOptions):
+    """Options of ``status``."""
+
+
+@dataclass(frozen=True)
+class ReportOptions(SweepOptions, RunOptions):
+    """Options of ``report``."""
+
+
+@dataclass(frozen=True)
+class SampleOptions(SweepOptions):
     """Options of ``sample``."""
 
     depth: int | None = None
@@ -86,58 +108,64 @@ class SampleOptions(Options):
     top_p: float = 0.0
     """Draw from the most likely tokens with this probability together; 0 from all."""
     seed: int = 0
+    """The same seed draws the same pictures."""
     out: str | None = None
     """The folder of the pictures; by default samples-<settings> in the run's folder."""
 
 
-def plan(recipe: Recipe, options: TableOptions) -> int:
-    """Print the plan."""
+def plan(recipe: Recipe, options: PlanOptions) -> int:
+    """print what the sweep costs; runs nothing"""
     from sweeps import commands
 
-    return commands.show_plan(commands.plan(recipe, Path(options.root), _resolve), options.json)
+    made = commands.plan(recipe, Path(options.root), _resolve)
+    return commands.show_plan(made, options.json, _check_data)
 
 
 def tokenize(recipe: Recipe, options: Options) -> int:
-    """Train the tokenizer and cache the tokens."""
+    """train the tokenizer and cache the tokens"""
     from sweeps import commands
 
+    if recipe.launch.machine_rank > 0:
+        raise ConfigError("tokenize is done by machine 0 alone; start the others with 'run'")
     made = commands.plan(recipe, Path(options.root), _resolve)
     return commands.launch(made, made.jobs[:2], _check_data).exit_code
 
 
-def run(recipe: Recipe, options: ReportOptions) -> int:
-    """Do what is missing and write the report."""
+def run(recipe: Recipe, options: RunOptions) -> int:
+    """do everything that is missing, then write the report"""
     from sweeps import commands
 
     made = commands.plan(recipe, Path(options.root), _resolve)
+    if recipe.launch.machine_rank > 0:
+        return commands.follow(made)
     result = commands.launch(made, made.jobs, _check_data)
     if not result.interrupted and commands.runs_done(result):
         _report(made.folders.sweep, options.open)
     return result.exit_code
 
 
-def status(recipe: Recipe, options: TableOptions) -> int:
-    """Print the state of every job."""
+def status(recipe: Recipe, options: StatusOptions) -> int:
+    """print where every job stands"""
     from sweeps.commands import show_status
 
-    return show_status(Path(options.root) / recipe.name, options.json)
+    return show_status(_sweep(recipe, options), options.json)
 
 
 def report(recipe: Recipe, options: ReportOptions) -> int:
-    """Write the report."""
-    _report(Path(options.root) / recipe.name, options.open)
+    """write the report of what is there"""
+    _report(_sweep(recipe, options), options.open)
     return 0
 
 
 def sample(recipe: Recipe, options: SampleOptions) -> int:
-    """Draw pictures."""
+    """draw pictures from a finished run"""
     from sweeps.commands import finished_run
 
     if options.depth is None:
         raise ConfigError("sample needs --depth, the depth of a finished run")
     if options.count < 1:
         raise ConfigError(f"--count must be at least 1, got {options.count}")
-    folder, tokenizer = finished_run(Path(options.root) / recipe.name, options.depth)
+    folder, tokenizer = finished_run(_sweep(recipe, options), options.depth)
     settings = f"cfg{options.cfg:g}-k{options.top_k}-p{options.top_p:g}-seed{options.seed}"
     out = Path(options.out) if options.out else folder.path / f"samples-{settings}"
 
@@ -158,13 +186,41 @@ def sample(recipe: Recipe, options: SampleOptions) -> int:
     return 0
 
 
-COMMANDS: dict[str, tuple[type[Options], Callable[[Recipe, Any], int]]] = {
-    "plan": (TableOptions, plan),
-    "tokenize": (Options, tokenize),
-    "run": (ReportOptions, run),
-    "status": (TableOptions, status),
-    "report": (ReportOptions, report),
-    "sample": (SampleOptions, sample),
+def fit(table: str, options: Any) -> int:
+    """fit a scaling law to a table of runs (CSV, JSON lines and others), of any project"""
+    from analysis.table_fit import fit_table
+
+    print(fit_table(table, options))
+    return 0
+
+
+def _fit_options() -> type:
+    from analysis.table_fit import FitOptions
+
+    return FitOptions
+
+
+@dataclass(frozen=True)
+class Command:
+    """One word of the command line."""
+
+    do: Callable[[Any, Any], int]
+    """From what the first word names and the options to the exit code; its docstring is its help."""
+    options: Callable[[], type]
+    """The dataclass of its own options; a function, since not all of them are cheap to import."""
+    takes: Literal["recipe", "sweep", "table"]
+    """What its first word names: a recipe whose values can be set, the sweep of a recipe as it is on the
+    disk, or a file with a table."""
+
+
+COMMANDS = {
+    "plan": Command(plan, lambda: PlanOptions, "recipe"),
+    "tokenize": Command(tokenize, lambda: Options, "recipe"),
+    "run": Command(run, lambda: RunOptions, "recipe"),
+    "status": Command(status, lambda: StatusOptions, "sweep"),
+    "report": Command(report, lambda: ReportOptions, "sweep"),
+    "sample": Command(sample, lambda: SampleOptions, "sweep"),
+    "fit": Command(fit, _fit_options, "table"),
 }
 
 
@@ -191,7 +247,7 @@ def dispatch(arguments: list[str]) -> int:
     """Find command, recipe and options in the command line, and do it."""
     wants_help = any(a in ("-h", "--help") for a in arguments)
     words = [a for a in arguments if a not in ("-h", "--help")]
-    if wants_help and len(words) < 2:
+    if wants_help and not words:
         print(__doc__.rpartition("\n\n")[0])
         return 0
     if not words or words[0].startswith("--"):
@@ -201,27 +257,68 @@ def dispatch(arguments: list[str]) -> int:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean '{near[0]}'?" if near else f"commands: {', '.join(COMMANDS)}"
         raise ConfigError(f"unknown command '{name}'; {hint}")
-    if not rest or rest[0].startswith("--"):
-        raise ConfigError(
-            f"'{name}' needs a recipe: a file, or quickstart, cifar10, cifar10-cpu or imagenet256"
-        )
-    options_class, command = COMMANDS[name]
-    own, shared = options_of(options_class), options_of(Recipe)
+    command = COMMANDS[name]
+    first = rest[0] if rest and not rest[0].startswith("--") else None
     if wants_help:
-        recipe = load_recipe(rest[0])
-        print(f"python run_sweep.py {name} {rest[0]} [--key value ...]")
-        print(f"\n{name} - {(command.__doc__ or '').strip()}{help_text(own, options_class())}")
-        print(f"\nValues of the recipe{help_text(shared, recipe)}")
-        print(
-            "\nby_depth (values of single depths) is set in the recipe; an option here wins for every depth."
-        )
+        print(_help(name, command, first))
         return 0
+    if first is None:
+        wanted = (
+            "a table: a file with one row per run or evaluation"
+            if command.takes == "table"
+            else "a recipe: a file, or quickstart, cifar10, cifar10-cpu or imagenet256"
+        )
+        raise ConfigError(f"'{name}' needs {wanted}")
+    own = options_of(command.options())
+    shared = options_of(Recipe) if command.takes == "recipe" else []
+    if command.takes == "sweep":
+        _refuse_recipe_values(name, rest[1:], own)
     values = parse(rest[1:], [*own, *shared])
     mine = {o.path for o in own}
     chosen = {path[0]: value for path, value in values.items() if path in mine}
-    options = from_dict(options_class, chosen, lambda path: "--" + ".".join(path).replace("_", "-"))
-    recipe = load_recipe(rest[0], {path: value for path, value in values.items() if path not in mine})
-    return command(recipe, options)
+    options: Any = from_dict(command.options(), chosen, lambda path: "--" + ".".join(path).replace("_", "-"))
+    if command.takes == "table":
+        return command.do(first, options)
+    recipe = load_recipe(first, {path: value for path, value in values.items() if path not in mine})
+    return command.do(recipe, options)
+
+
+def _help(name: str, command: Command, first: str | None) -> str:
+    """A command's own options first; the recipe's values where it takes them and a recipe is named."""
+    own = options_of(command.options())
+    word = command.takes.upper() if command.takes == "table" else "RECIPE"
+    text = f"{SCRIPT} {name} {first or word} [--key value ...]\n\n"
+    text += f"{name} - {command.do.__doc__}\n{help_text(own, command.options()())}"
+    if command.takes == "sweep":
+        text += (
+            "\n\nThe sweep is read as it is on the disk: values of the recipe cannot be set here "
+            f"('{SCRIPT} plan {first or 'RECIPE'} --help' lists them)."
+        )
+    elif command.takes == "recipe" and first is None:
+        text += f"\n\nAny value of the recipe too: '{SCRIPT} {name} RECIPE --help' lists them."
+    elif command.takes == "recipe":
+        assert first is not None
+        text += (
+            f"\n\nValues of the recipe\n{help_text(options_of(Recipe), load_recipe(first))}"
+            "\n\nby_depth (values of single depths) is set in the recipe; an option wins for every depth."
+        )
+    return text
+
+
+def _refuse_recipe_values(name: str, arguments: Sequence[str], own: Sequence[Option]) -> None:
+    known = {option.flag for option in own}
+    recipe = {option.flag for option in options_of(Recipe)}
+    for argument in arguments:
+        flag = argument.partition("=")[0].replace("_", "-")
+        if flag in recipe - known:
+            raise ConfigError(
+                f"{flag} is a value of the recipe, which '{name}' does not use: it reads the sweep as it is "
+                f"on the disk; its own options: {' '.join(sorted(known))}"
+            )
+
+
+def _sweep(recipe: Recipe, options: SweepOptions) -> Path:
+    return Path(options.root) / (recipe.name if options.name is None else options.name)
 
 
 def _resolve(data: DataConfig) -> DataConfig:

@@ -1,24 +1,43 @@
 """How fast this machine was, to say how long a plan will take.
 
-Every job that ran from start to end in one go leaves one line of ``calibration.json`` in the root:
-a run its FLOP/s while training and the seconds around it (starting, evaluating, sampling), a tokenizer or
-token job its images per second. An estimate takes the nearest depth measured on the same device with the
-same threads, processes and precision; without one there is no estimate.
+- Speeds belong to the machine, not to a sweep: ``calibration.json`` lies in ``VARSCALE_CACHE``, by default
+  ``varscale`` in ``XDG_CACHE_HOME`` or ``~/.cache``, so that every root and every recipe can use it. A home
+  shared by several machines is no trouble: every speed is kept under its device's name.
+- Every job that ran from start to end in one go leaves one entry in place of the last one of its kind: a run
+  its FLOP/s while training, and the seconds beside training and evaluating (starting, saving, sampling); a
+  tokenizer or token job its images per second. Evaluation is taken to run at training's FLOP/s.
+- An estimate takes entries of the same device, threads, processes and precision. A depth that was finished
+  here gives its own speed. Any other depth is told by its FLOPs: at a speed between those of the nearest
+  depths on either side (a power law through both), or at the speed of the nearest one when all lie on one
+  side. Without entries there is no estimate.
 """
 
 from __future__ import annotations
 
+import fcntl
+import math
+import os
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from scaling.config import ConfigError, DataConfig, RunConfig, TokenizerRunConfig, from_dict, to_dict
+from scaling.config import (
+    ConfigError,
+    DataConfig,
+    LaunchConfig,
+    RunConfig,
+    TokenizerRunConfig,
+    from_dict,
+    to_dict,
+)
 from scaling.flops import train_flops
 from scaling.records import RecordsError, RunFolder, read_json, write_json
 from sweeps.machine import Allotment, Machine
 
 FILE = "calibration.json"
+FORWARD = 1 / 3
+"""Share of a training step's FLOPs that an evaluation needs."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +47,13 @@ class RunSpeed:
     device: str
     threads: int
     processes: int
+    """On each machine."""
+    machines: int
     precision: str
     depth: int
     seq_len: int
     flops_per_second: float
+    """All processes together."""
     other_seconds: float
 
 
@@ -42,8 +64,21 @@ class ImageSpeed:
     job: Literal["tokenizer", "tokens"]
     device: str
     threads: int
+    processes: int
+    precision: str
     shape: tuple[int, ...]
     images_per_second: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """How long a job is expected to take by itself, and what that was learnt from."""
+
+    seconds: float
+    depths: tuple[int, ...] = ()
+    """Depths of the finished runs whose speed was used; none for tokenizer and tokens."""
+    measured: bool = True
+    """Whether a job of just this kind (of a run: its depth and tokens per image) was finished here."""
 
 
 @dataclass(frozen=True)
@@ -53,34 +88,60 @@ class Calibration:
     runs: tuple[RunSpeed, ...] = ()
     images: tuple[ImageSpeed, ...] = ()
 
-    def run_seconds(
-        self, run: RunConfig, machine: Machine, allotment: Allotment, processes: int
-    ) -> float | None:
-        """Expected seconds of one run, or None when nothing like it was measured."""
-        wanted = (machine.name, allotment.threads, processes, run.train.precision)
-        like = [r for r in self.runs if (r.device, r.threads, r.processes, r.precision) == wanted]
+    def run(
+        self, run: RunConfig, machine: Machine, allotment: Allotment, launch: LaunchConfig
+    ) -> Estimate | None:
+        """Expected time of one run, or None when nothing like it was measured."""
+        wanted = (machine.name, allotment.threads, launch.processes, launch.machines, run.train.precision)
+        like = [r for r in self.runs if (r.device, r.threads, r.processes, r.machines, r.precision) == wanted]
         if not like:
             return None
-        near = min(
-            like, key=lambda r: (abs(r.depth - run.model.depth), abs(r.seq_len - run.model.seq_len), r.depth)
+        depth, length = run.model.depth, run.model.seq_len
+        nearest = min((r.seq_len for r in like), key=lambda n: (abs(math.log(n / length)), n))
+        like = sorted((r for r in like if r.seq_len == nearest), key=lambda r: r.depth)
+        below = [r for r in like if r.depth <= depth][-1:] or like[:1]
+        above = [r for r in like if r.depth >= depth][:1] or like[-1:]
+        low, high = below[0], above[0]
+        share = math.log(depth / low.depth) / math.log(high.depth / low.depth) if high != low else 0.0
+
+        speed = math.exp(
+            (1 - share) * math.log(low.flops_per_second) + share * math.log(high.flops_per_second)
         )
-        flops = train_flops(run.model) * run.train.batch * run.total_steps
-        return flops / near.flops_per_second + near.other_seconds
+        other = (1 - share) * low.other_seconds + share * high.other_seconds
+        seconds = run_flops(run) / speed + other
+        depths = tuple(sorted({low.depth, high.depth}))
+        return Estimate(seconds, depths, depths == (depth,) and nearest == length)
 
-    def image_seconds(self, job: str, config: TokenizerRunConfig, machine: Machine) -> float | None:
-        """Expected seconds of a tokenizer or token job, or None when its shape was never measured."""
-        key = (job, machine.name, machine.cores, image_shape(config))
-        speeds = [i.images_per_second for i in self.images if (i.job, i.device, i.threads, i.shape) == key]
-        return job_images(job, config) / speeds[0] if speeds else None
+    def image_job(
+        self, job: str, config: TokenizerRunConfig, machine: Machine, threads: int, processes: int
+    ) -> Estimate | None:
+        """Expected time of a tokenizer or token job, or None when its shape was never measured."""
+        key = (job, machine.name, threads, processes, image_precision(job, config), image_shape(config))
+        speeds = [
+            i.images_per_second
+            for i in self.images
+            if (i.job, i.device, i.threads, i.processes, i.precision, i.shape) == key
+        ]
+        return Estimate(job_images(job, config) / speeds[0]) if speeds else None
 
 
-def load(root: Path) -> Calibration:
-    """What was measured under this root; empty before the first finished job.
+def speeds_file() -> Path:
+    """Where this machine's speeds are kept."""
+    chosen = os.environ.get("VARSCALE_CACHE")
+    if chosen:
+        return Path(chosen) / FILE
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    # The XDG standard: a relative path is to be ignored.
+    return (base if base.is_absolute() else Path.home() / ".cache") / "varscale" / FILE
+
+
+def load() -> Calibration:
+    """What was measured on this machine; empty before the first finished job.
 
     Raises:
         RecordsError: the file is damaged (it may be removed: it holds speeds, no results).
     """
-    file = root / FILE
+    file = speeds_file()
     if not file.exists():
         return Calibration()
     try:
@@ -89,40 +150,61 @@ def load(root: Path) -> Calibration:
         raise RecordsError(f"{file}: {error}; remove the file, it holds only measured speeds") from None
 
 
-def add(root: Path, speed: RunSpeed | ImageSpeed) -> None:
-    """Remember a speed in place of an older one of the same kind of job."""
-    known = load(root)
+def add(speed: RunSpeed | ImageSpeed) -> None:
+    """Remember a speed in place of an older one of the same kind of job; several launchers may do so."""
 
     def kind(entry: RunSpeed | ImageSpeed) -> tuple[Any, ...]:
         measured = ("flops_per_second", "other_seconds", "images_per_second")
         return tuple(v for k, v in vars(entry).items() if k not in measured)
 
-    if isinstance(speed, RunSpeed):
-        known = Calibration((*(r for r in known.runs if kind(r) != kind(speed)), speed), known.images)
-    else:
-        known = Calibration(known.runs, (*(i for i in known.images if kind(i) != kind(speed)), speed))
-    write_json(root / FILE, to_dict(known))
+    file = speeds_file()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with (file.parent / ".lock").open("a+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        known = load()
+        if isinstance(speed, RunSpeed):
+            known = Calibration((*(r for r in known.runs if kind(r) != kind(speed)), speed), known.images)
+        else:
+            known = Calibration(known.runs, (*(i for i in known.images if kind(i) != kind(speed)), speed))
+        write_json(file, to_dict(known))
 
 
 def measure_run(
-    folder: RunFolder, run: RunConfig, machine: Machine, allotment: Allotment, processes: int, seconds: float
+    folder: RunFolder,
+    run: RunConfig,
+    machine: Machine,
+    allotment: Allotment,
+    launch: LaunchConfig,
+    seconds: float,
 ) -> RunSpeed | None:
     """The speed of a run that took ``seconds`` from start to end; None when it logged no speed."""
     logged = [r["images_per_second"] for r in folder.metrics("train") if r.get("images_per_second", 0) > 0]
     if not logged:
         return None
     speed = statistics.median(logged) * train_flops(run.model)
-    training = train_flops(run.model) * run.train.batch * run.total_steps / speed
     return RunSpeed(
         machine.name,
         allotment.threads,
-        processes,
+        launch.processes,
+        launch.machines,
         run.train.precision,
         run.model.depth,
         run.model.seq_len,
         speed,
-        max(0.0, seconds - training),
+        max(0.0, seconds - run_flops(run) / speed),
     )
+
+
+def run_flops(run: RunConfig) -> float:
+    """FLOPs of a run's training and evaluations."""
+    assert run.data.val_images is not None  # RunConfig has checked it
+    evaluated = len(run.eval_steps) * min(run.evaluation.images or run.data.val_images, run.data.val_images)
+    return train_flops(run.model) * (run.train.batch * run.total_steps + FORWARD * evaluated)
+
+
+def image_precision(job: str, config: TokenizerRunConfig) -> str:
+    """What a tokenizer or token job computes in: tokens are always encoded in fp32."""
+    return config.train.precision if job == "tokenizer" else "fp32"
 
 
 def image_shape(config: TokenizerRunConfig) -> tuple[int, ...]:

@@ -6,26 +6,30 @@ imports none of it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
-from scaling.config import DataConfig
+from scaling.config import ConfigError, DataConfig
 from scaling.records import RecordsError, RunFolder
 from sweeps import calibration
 from sweeps.jobs import Job
 from sweeps.machine import this_machine
-from sweeps.plan import Plan, make_plan
+from sweeps.meeting import Follower, Leader
+from sweeps.plan import Plan, make_plan, stage_threads
 from sweeps.progress import Progress
 from sweeps.recipe import Recipe
 from sweeps.scheduler import JobState, Result, Scheduler
-from sweeps.tables import plan_table, read_sweep, size, status_table, sweep_folders
+from sweeps.tables import plan_notes, plan_table, read_sweep, size, status_table, sweep_folders
 
 Resolve = Callable[[DataConfig], DataConfig]
+CheckData = Callable[[DataConfig], object]
+"""Raises ``ConfigError`` when the data is not there."""
 WIDEST = 200
 
 
@@ -47,20 +51,34 @@ def plan(recipe: Recipe, root: Path, resolve: Resolve) -> Plan:
     return make_plan(recipe, resolve(recipe.data), root, this_machine())
 
 
-def show_plan(made: Plan, as_json: bool) -> int:
-    """Print the plan. A recipe that states its counts can be planned before its data is at hand."""
+def show_plan(made: Plan, as_json: bool, check_data: CheckData) -> int:
+    """Print the plan. A recipe that states its counts can be planned before its data is at hand.
+
+    Data that is plainly not there is told in the words with which ``run`` will refuse.
+    """
+    missing = _missing_data(made, check_data)
     if as_json:
-        print(json.dumps(made.to_json(), indent=1))
+        print(json.dumps(made.to_json() | {"missing_data": missing}, indent=1))
         return 0
-    _print_plan(made, console())
+    out = console()
+    _print_plan(made, out)
+    if missing is not None:
+        data = made.data
+        _say(out, f"\nMISSING DATA: {missing}", "bold red")
+        _say(
+            out,
+            f"'run' and 'tokenize' will stop with this error. Planned with the recipe's own counts "
+            f"({data.train_images} training and {data.val_images} validation images, "
+            f"{data.num_classes} classes); --data.path says where the data is.",
+        )
     return 0
 
 
-def launch(made: Plan, jobs: Sequence[Job], check_data: Callable[[DataConfig], object]) -> Result:
+def launch(made: Plan, jobs: Sequence[Job], check_data: CheckData) -> Result:
     """Print the plan, then do what is missing of ``jobs``, under one display.
 
     Args:
-        check_data: raises ``ConfigError`` when the data is not there; asked while images are still needed.
+        check_data: asked while images are still needed.
 
     Raises:
         ConfigError: no data.
@@ -74,15 +92,54 @@ def launch(made: Plan, jobs: Sequence[Job], check_data: Callable[[DataConfig], o
     jobs = recheck_tokens(jobs)
     display = Progress(out, len(made.allotment.slots))
     scheduler = Scheduler(
-        jobs, made.allotment.slots, on_tick=display.update, on_done=lambda state: _calibrate(made, state)
+        jobs, made.allotment.slots, on_tick=display.update, on_done=lambda state: _calibrate(made, state, out)
     )
     if all(state.phase == "done" for state in scheduler.states):
         out.print("everything is done already; nothing to train")
         return Result(tuple(scheduler.states), interrupted=False)
-    with display:
+    with display, _led(made, scheduler, out):
         result = scheduler.run()
     _tell(result, out)
     return result
+
+
+def follow(made: Plan) -> int:
+    """Do this machine's share of every run that machine 0 calls; the exit code.
+
+    Raises:
+        RecordsError: machine 0 runs another recipe.
+    """
+    out, launch = console(), made.recipe.launch
+    _print_plan(made, out)
+    return Follower(
+        made.folders.sweep,
+        launch.machine_rank,
+        made.jobs[2:],
+        made.allotment.slots[0],
+        lambda text: _say(out, text),
+    ).run()
+
+
+@contextlib.contextmanager
+def _led(made: Plan, scheduler: Scheduler, out: Console) -> Iterator[None]:
+    """While the scheduler runs, the other machines that share its runs, if there are any, are led by it."""
+    machines = made.recipe.launch.machines
+    if machines == 1:
+        yield
+        return
+    leader = Leader(made.folders.sweep, machines, lambda text: _say(out, text))
+    show, code = scheduler.on_tick, 1
+
+    def tick(states: Sequence[JobState]) -> None:
+        leader.tick(running=any(s.process is not None and s.job.kind == "run" for s in states))
+        show(states)
+
+    scheduler.on_tick, scheduler.ready = tick, leader.ready
+    try:
+        yield
+        code = Result(tuple(scheduler.states), interrupted=False).exit_code
+    finally:
+        leader.end(code)
 
 
 def recheck_tokens(jobs: Sequence[Job]) -> list[Job]:
@@ -125,7 +182,7 @@ def finished_run(sweep: Path, depth: int) -> tuple[RunFolder, Path]:
     raise RecordsError(f"{sweep}: no finished run of depth {depth}; finished depths: {known}")
 
 
-def _calibrate(made: Plan, state: JobState) -> None:
+def _calibrate(made: Plan, state: JobState, out: Console) -> None:
     """Remember the speed of a job that ran from start to end in one go."""
     job, launch_config = state.job, made.recipe.launch
     if not state.from_scratch or state.seconds <= 0:
@@ -134,7 +191,7 @@ def _calibrate(made: Plan, state: JobState) -> None:
     if job.kind == "run":
         assert job.config is not None
         speed = calibration.measure_run(
-            job.folder, job.config, made.machine, made.allotment, launch_config.processes, state.seconds
+            job.folder, job.config, made.machine, made.allotment, launch_config, state.seconds
         )
     else:
         stage = made.tokenizer_run
@@ -142,25 +199,45 @@ def _calibrate(made: Plan, state: JobState) -> None:
         speed = calibration.ImageSpeed(
             job.kind,
             made.machine.name,
-            made.machine.cores,
+            stage_threads(launch_config, made.machine),
+            launch_config.processes,
+            calibration.image_precision(job.kind, stage),
             calibration.image_shape(stage),
             images / state.seconds,
         )
-    if speed is not None:
-        calibration.add(made.folders.root, speed)
+    if speed is None:
+        return
+    try:
+        calibration.add(speed)
+    except (OSError, RecordsError) as error:  # a home that cannot be written must not end a sweep
+        _say(out, f"note: this speed is not remembered: {error}")
+
+
+def _missing_data(made: Plan, check_data: CheckData) -> str | None:
+    """Why the images that are still needed are not there; None when they seem to be.
+
+    Only a folder with nothing for training in it is looked at closer: a plan should not list a million files.
+    """
+    if made.data.path is None or made.jobs[1].state == "done":
+        return None
+    path = Path(made.data.path)
+    if any(any(folder.glob("train*")) for folder in (path, path / "data")):
+        return None
+    try:
+        check_data(made.data)
+    except ConfigError as error:
+        return str(error)
+    return None
 
 
 def _print_plan(made: Plan, out: Console) -> None:
     out.print(plan_table(made, out.width))
-    for warning in _warnings(made):
-        out.print(warning, highlight=False, markup=False, soft_wrap=True)
+    for warning in (*plan_notes(made), *_warnings(made)):
+        _say(out, warning)
 
 
 def _warnings(made: Plan) -> list[str]:
     found = []
-    path = made.data.path
-    if path is not None and not Path(path).exists() and made.jobs[1].state != "done":
-        found.append(f"note: no data at {path} (set --data.path); planned with the counts of the recipe")
     if made.peak_memory > made.machine.memory and not made.allotment.slots[0]:
         found.append(
             f"warning: the largest runs need about {size(made.peak_memory)} of memory, this machine has "
@@ -176,21 +253,22 @@ def _warnings(made: Plan) -> list[str]:
 def _tell(result: Result, out: Console) -> None:
     """What did not work, why, and where to read more; what to do next."""
 
-    def say(text: str) -> None:
-        out.print(text, highlight=False, markup=False, soft_wrap=True)
-
     if result.interrupted:
-        say("stopped; the same command goes on from the last checkpoints")
+        _say(out, "stopped; the same command goes on from the last checkpoints")
         return
     for state in result.failed:
-        say(f"\n{state.job.name}: {state.phase}: {state.reason}")
+        _say(out, f"\n{state.job.name}: {state.phase}: {state.reason}")
         if state.code not in (None, 2):
             for text in state.log_tail():
-                say(f"    {text}")
-        say(f"    log: {state.log}")
+                _say(out, f"    {text}")
+        _say(out, f"    log: {state.log}")
     if result.missing:
         names = ", ".join(state.job.name for state in result.missing)
-        say(f"\nmissing: {names}; the same command tries again and goes on from what is there")
+        _say(out, f"\nmissing: {names}; the same command tries again and goes on from what is there")
+
+
+def _say(out: Console, text: str, style: str = "") -> None:
+    out.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
 
 
 def runs_done(result: Result) -> bool:

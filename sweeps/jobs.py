@@ -5,6 +5,8 @@
 - One process per run is started plainly; several through ``accelerate launch --multi_gpu``, which is also
   what starts several on a machine without GPUs (``--cpu --num_processes 2`` silently runs one). Port 0
   lets two such runs live on one machine.
+- Several machines share runs only: tokenizer and tokens are machine 0's alone. Each machine starts its share
+  of the processes, which meet at ``launch.main_address``.
 - A job is done when its status says so *and* what it leaves is there: a removed tokenizer is trained again.
 """
 
@@ -95,7 +97,8 @@ class Folders:
 
 
 def tokenizer_jobs(folders: Folders, launch: LaunchConfig, threads: int) -> list[Job]:
-    """The two jobs that all runs wait for; each has the whole machine to itself."""
+    """The two jobs that all runs wait for; each has the whole machine to itself, and only one machine."""
+    launch = replace(launch, machines=1, machine_rank=0)
     plain = to_dict(replace(launch, threads=threads))
     environment = process_environment(launch, threads)
     tokenizer = Job(
@@ -139,11 +142,19 @@ def run_job(folders: Folders, run: RunConfig, launch: LaunchConfig, threads: int
 def command(kind: Kind, arguments: Sequence[str], launch: LaunchConfig) -> tuple[str, ...]:
     """The command line of a job."""
     module = ("-m", MODULES[kind], *arguments)
-    if launch.processes == 1:
+    if launch.machines == launch.processes == 1:
         return (sys.executable, *module)
+    place: tuple[str, ...] = ("--main_process_port", "0")
+    if launch.machines > 1:
+        assert launch.main_address is not None  # LaunchConfig has checked it
+        place = (
+            *("--machine_rank", str(launch.machine_rank), "--main_process_ip", launch.main_address),
+            *("--main_process_port", str(launch.main_port)),
+        )
     return (
         *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"),
-        *("--num_processes", str(launch.processes), "--num_machines", "1", "--main_process_port", "0"),
+        *("--num_processes", str(launch.machines * launch.processes)),
+        *("--num_machines", str(launch.machines), *place),
         *("--mixed_precision", "no", "--dynamo_backend", "no", *module),
     )
 

@@ -58,7 +58,8 @@ def allot(machine: Machine, launch: LaunchConfig, memories: Sequence[int]) -> Al
     """Divide the machine among runs that need ``memories`` bytes of tensors per process.
 
     On GPUs each run gets ``launch.processes`` of them; more runs at once than that share them, when asked
-    for. On the CPU as many runs at once as there are cores and as fit into memory, largest first.
+    for. On the CPU as many runs at once as there are cores and as fit into memory, largest first. Several
+    machines share one run at a time.
 
     Raises:
         ConfigError: more GPUs wanted than there are.
@@ -72,13 +73,17 @@ def allot(machine: Machine, launch: LaunchConfig, memories: Sequence[int]) -> Al
                 f"launch.processes is {per_run}, but this machine shows {len(machine.gpus)} GPUs"
             )
         groups = [machine.gpus[i : i + per_run] for i in range(0, len(machine.gpus) - per_run + 1, per_run)]
-        at_once = launch.runs_at_once or min(len(groups), max(1, len(memories)))
+        at_once = _at_once(launch) or min(len(groups), max(1, len(memories)))
         slots = tuple(groups[i % len(groups)] for i in range(at_once))
     else:
-        at_once = launch.runs_at_once or _runs_that_fit(machine, launch.processes, memories)
+        at_once = _at_once(launch) or _runs_that_fit(machine, launch.processes, memories)
         slots = ((),) * at_once
     threads = launch.threads or max(1, machine.cores // (at_once * launch.processes))
     return Allotment(slots, threads)
+
+
+def _at_once(launch: LaunchConfig) -> int | None:
+    return 1 if launch.machines > 1 else launch.runs_at_once
 
 
 def _runs_that_fit(machine: Machine, processes: int, memories: Sequence[int]) -> int:

@@ -166,7 +166,15 @@ def _shown(value: Any) -> str:
 
 
 def _field_docs(cls: type) -> dict[str, str]:
-    """The strings that stand below the fields in the source."""
+    """The strings that stand below the fields in the source, those of inherited fields too."""
+    docs: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        if dataclasses.is_dataclass(base):
+            docs |= _own_field_docs(base)
+    return docs
+
+
+def _own_field_docs(cls: type) -> dict[str, str]:
     body = typing.cast(ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]).body
     docs = {}
     for field, below in itertools.pairwise(body):

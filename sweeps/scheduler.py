@@ -116,6 +116,8 @@ class Scheduler:
     """The GPUs of each place where a job can run; empty tuples on the CPU."""
     on_tick: Callable[[Sequence[JobState]], None] = lambda states: None
     on_done: Callable[[JobState], None] = lambda state: None
+    ready: Callable[[Job], dict[str, str] | None] = lambda job: {}
+    """Asked right before a start: what the environment needs besides, or None for not yet."""
     states: list[JobState] = field(init=False)
     _signals: list[float] = field(init=False, default_factory=list)
     _stopping: bool = field(init=False, default=False)
@@ -182,8 +184,11 @@ class Scheduler:
 
     def _start(self, state: JobState, slot: int) -> None:
         job = state.job
-        write_json(job.folder.path / "launch.json", job.launch)
-        environment = os.environ | job.environment
+        write_json(job.folder.path / "launch.json", job.launch)  # before other machines are called
+        more = self.ready(job)
+        if more is None:
+            return
+        environment = os.environ | job.environment | more
         if self.slots[slot]:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(self.slots[slot])
         state.from_scratch = job.folder.status().get("attempt", 0) == 0

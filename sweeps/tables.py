@@ -12,7 +12,8 @@ from scaling.records import RecordsError, RunFolder, read_json
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from sweeps.plan import Plan
+    from sweeps.calibration import Estimate
+    from sweeps.plan import Plan, PlannedRun
 
 STALE_SECONDS = 30.0
 """A running job writes its heartbeat every few seconds; after this silence it is taken for dead."""
@@ -47,16 +48,20 @@ def duration(seconds: float) -> str:
 
 
 def plan_table(plan: Plan, width: int = WIDE) -> Table:
-    """One row per job, totals below; on a narrow terminal without what follows from the rest."""
+    """One row per job, totals below; on a narrow terminal without what follows from the rest.
+
+    ``plan_notes`` says what its columns of memory and time mean.
+    """
     from rich.table import Table
 
     table = Table(title=f"sweep '{plan.recipe.name}' in {plan.folders.sweep}", title_justify="left", box=None)
     left = [r for r in plan.runs if r.state != "done"]
+    places = len(plan.allotment.slots)
     cache = {"disk": size(plan.cache_bytes)}
     rows = [
-        {"run": job.name, "time": _time(job.seconds), "state": _to_do(job.state)}
+        {"run": job.name, "time": _time(found), "state": _to_do(job.state)}
         | (cache if job.kind == "tokens" else {})
-        for job in plan.jobs[:2]
+        for job, found in zip(plan.jobs[:2], plan.estimates[:2], strict=True)
     ]
     rows += [
         {
@@ -70,34 +75,119 @@ def plan_table(plan: Plan, width: int = WIDE) -> Table:
             "tokens": number(run.tokens),
             "epochs": f"{run.epochs:.3g}",
             "FLOPs": f"{run.flops:.3g}",
-            "memory": size(run.memory),
+            "memory/process": size(run.memory_per_process),
+            "memory/run": size(run.memory),
             "disk": size(run.disk),
-            "time": _time(run.seconds),
+            "time": _time(found),
             "state": _to_do(run.state),
         }
-        for run in plan.runs
+        for run, found in zip(plan.runs, plan.estimates[2:], strict=True)
     ]
     totals = {
-        "run": f"to do: {len(left)} of {len(plan.runs)}",
+        "run": f"to do: {len(left)} of {len(plan.runs)} runs",
         "tokens": number(sum(r.tokens for r in left)),
         "FLOPs": f"{sum(r.flops for r in left):.3g}",
-        "memory": size(plan.peak_memory),
         "disk": size(plan.disk),
-        "time": _time(plan.seconds),
+        "time": _seconds(plan.seconds_sum),
     }
-    headings = [h for h in rows[-1] if width >= WIDE or h not in DERIVED]
+    together = {"memory/run": size(plan.peak_memory), "time": _seconds(plan.seconds)}
+    if places == 1:
+        totals |= together
+    hidden = () if plan.recipe.launch.processes > 1 else ("memory/process",)
+    headings = [h for h in rows[-1] if (width >= WIDE or h not in DERIVED) and h not in hidden]
     for heading in headings:
         table.add_column(heading, justify="left" if heading in ("run", "state") else "right", no_wrap=True)
     for row in rows:
         table.add_row(*(row.get(heading, "") for heading in headings))
     table.add_section()
     table.add_row(*(totals.get(heading, "") for heading in headings), style="bold")
-    places, threads = len(plan.allotment.slots), plan.allotment.threads
-    table.caption_justify = "left"
-    table.caption = f"{plan.machine.name}: {places} at once, {threads} CPU threads per process" + (
-        "" if plan.seconds is not None else "; time is told once this machine has finished a sweep like this"
-    )
+    if places > 1:
+        together["run"] = f"wall time, {places} at once"
+        table.add_row(*(together.get(heading, "") for heading in headings), style="bold")
     return table
+
+
+def plan_notes(plan: Plan) -> list[str]:
+    """What stands below the table: the data, the machine, and how memory and time were told."""
+    return [_data_note(plan), _machine_note(plan), _memory_note(plan), _time_note(plan)]
+
+
+def _data_note(plan: Plan) -> str:
+    data = plan.data
+    counts = f"{data.train_images} training and {data.val_images} validation"
+    if data.source == "photos":
+        # The stereo pair shows one scene and is one class (scaling.data.photos).
+        return (
+            f"data: {data.num_classes} photographs that ship with scikit-image and scikit-learn, "
+            f"class = photograph; {counts} crops of them, {data.resolution} px"
+        )
+    place = data.name if data.source == "hf" else data.path
+    return f"data: {data.source} {place}: {counts} images, {data.num_classes} classes, {data.resolution} px"
+
+
+def _machine_note(plan: Plan) -> str:
+    launch, threads = plan.recipe.launch, plan.allotment.threads
+    note = (
+        f"machine: {plan.machine.name}: {_several(len(plan.allotment.slots), 'run')} at once, "
+        f"{_several(launch.processes, 'process', 'processes')} of {_several(threads, 'CPU thread')} per run"
+    )
+    return note + (f", on each of {launch.machines} machines" if launch.machines > 1 else "")
+
+
+def _memory_note(plan: Plan) -> str:
+    launch = plan.recipe.launch
+    here = " on each machine" if launch.machines > 1 else ""
+    if launch.processes > 1:
+        parts = f"a run is {launch.processes} processes{here}, each with its own copy"
+    else:
+        parts = f"a run is one process{here}"
+    return f"memory: estimated, with libraries; {parts}"
+
+
+def _time_note(plan: Plan) -> str:
+    """Which rows were measured, which are told by their FLOPs and from what, and which are unknown."""
+    pairs = list(zip(plan.runs, plan.estimates[2:], strict=True))
+    measured = [run for run, found in pairs if found and found.measured]
+    near = [(run, found) for run, found in pairs if found and not found.measured]
+    parts = []
+    if measured:
+        parts.append(
+            f"{_depths(measured)} at the speed of the last run of that depth finished on this machine"
+        )
+    if near:
+        used = sorted({depth for _, found in near for depth in found.depths})
+        parts.append(
+            f"~ {_depths([run for run, _ in near])} by FLOPs, from the speed of "
+            f"{_several(len(used), 'finished run')} ({_listed(used)})"
+        )
+    stages = [job.name for job, found in zip(plan.jobs[:2], plan.estimates[:2], strict=True) if found is None]
+    if stages:
+        parts.append(f"unknown for {' and '.join(stages)}: none of this shape has finished on this machine")
+    unknown = [run for run, found in pairs if found is None]
+    if unknown:
+        launch = plan.recipe.launch
+        precisions = sorted(
+            {c.train.precision for c, (_, found) in zip(plan.configs, pairs, strict=True) if not found}
+        )
+        parts.append(
+            f"unknown for {_depths(unknown)}: no run has finished on this machine with "
+            f"{_several(launch.processes, 'process', 'processes')} of "
+            f"{_several(plan.allotment.threads, 'thread')} in {' or '.join(precisions)}"
+            + (f" on {launch.machines} machines" if launch.machines > 1 else "")
+        )
+    return "time: of each row by itself; " + "; ".join(parts)
+
+
+def _depths(runs: Sequence[PlannedRun]) -> str:
+    return _listed(sorted({run.depth for run in runs}))
+
+
+def _listed(depths: Sequence[int]) -> str:
+    return ("depths " if len(depths) > 1 else "depth ") + ", ".join(map(str, depths))
+
+
+def _several(count: int, noun: str, plural: str = "") -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {plural or noun + 's'}"
 
 
 def status_table(sweep: Path) -> Table:
@@ -155,8 +245,12 @@ def sweep_folders(sweep: Path) -> Sequence[tuple[str, RunFolder]]:
     return [*first, *((str(run), RunFolder(sweep / str(run))) for run in value["runs"])]
 
 
-def _time(seconds: float | None) -> str:
-    return duration(seconds) if seconds is not None else "-"
+def _time(found: Estimate | None) -> str:
+    return "-" if found is None else ("" if found.measured else "~") + duration(found.seconds)
+
+
+def _seconds(seconds: float | None) -> str:
+    return "-" if seconds is None else duration(seconds)
 
 
 def _to_do(state: str) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -123,17 +125,53 @@ def test_a_damaged_shard_is_found_and_encoded_again(unbroken: Path) -> None:
     assert token_bytes(unbroken) == whole
 
 
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("two")
+    finish(folder, "run", "--launch.processes", "2", "--depths", "1")
+    return folder
+
+
 @pytest.mark.slow
-def test_several_processes_go_through_the_launcher(tmp_path: Path) -> None:
-    two = ("--launch.processes", "2", "--depths", "1")
-    refused = subprocess.run(
-        command(tmp_path, "run", *two, "--tokenizer-train.batch", "3"), capture_output=True, text=True
-    )
+def test_several_processes_go_through_the_launcher(two_processes: Path, tmp_path: Path) -> None:
+    two = ("--launch.processes", "2", "--depths", "1", "--tokenizer-train.batch", "3")
+    refused = subprocess.run(command(tmp_path, "run", *two), capture_output=True, text=True)
     assert refused.returncode == 2
     assert "tokenizer_train.batch 3 cannot be shared evenly by 2 processes" in refused.stdout
-    finish(tmp_path, "run", *two)
-    (run,) = list_runs(tmp_path / "runs" / "tiny")
+    (run,) = list_runs(two_processes / "runs" / "tiny")
     assert (run.status()["state"], run.status()["processes"]) == ("done", 2)
+
+
+@pytest.mark.slow
+def test_two_machines_leave_the_records_of_two_processes(two_processes: Path, tmp_path: Path) -> None:
+    for name in ("tokenizers", "tokens"):
+        shutil.copytree(two_processes / "runs" / name, tmp_path / "runs" / name)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    share = ("--depths", "1", "--launch.runs-at-once", "1", "--launch.machines", "2")
+    share += ("--launch.main-address", "127.0.0.1", "--launch.main-port", str(port))
+    launchers = [
+        subprocess.Popen(
+            command(tmp_path, "run", *share, "--launch.machine-rank", str(rank)),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    try:
+        outputs = [launcher.communicate(timeout=300)[0] for launcher in launchers]
+    finally:
+        for launcher in launchers:
+            launcher.kill()
+    assert [launcher.returncode for launcher in launchers] == [0, 0], outputs
+    (run,) = list_runs(tmp_path / "runs" / "tiny")
+    assert (run.status()["state"], run.status()["processes"], run.status()["attempt"]) == ("done", 2, 1)
+    assert numbers(tmp_path) == numbers(two_processes)
+    assert "report: " in outputs[0]
+    assert "report: " not in outputs[1]
+    assert f"machine 1: joins {run.name}" in outputs[1]
 
 
 def has_checkpoint(pattern: str) -> Callable[[Path], bool]:

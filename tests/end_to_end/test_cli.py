@@ -1,6 +1,7 @@
 """The command line as a person meets it: exit codes, one clear line, and no torch where none is needed."""
 
 import errno
+import io
 import json
 import os
 import subprocess
@@ -8,12 +9,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 import run_sweep
 from scaling.config import DataConfig
 from scaling.records import RunFolder
+from sweeps import commands
 from sweeps.commands import plan as make_plan
+from sweeps.options import options_of
 from sweeps.recipe import load_recipe
+from sweeps.scheduler import JobState
 
 ROOT = Path(__file__).parents[2]
 
@@ -62,6 +67,7 @@ def write_sweep(root: Path) -> list[RunFolder]:
     [
         ("--help",),
         ("plan", "--help"),
+        ("sample", "quickstart", "--help"),
         ("plan", "quickstart", "--help"),
         ("plan", "quickstart"),
         ("plan", "quickstart", "--json"),
@@ -102,6 +108,103 @@ def test_the_plan_lists_every_run_with_the_overrides(tmp_path: Path) -> None:
     rows = [line.split() for line in result.stdout.splitlines() if line.strip().startswith("var-d")]
     assert [row[1] for row in rows] == ["2", "4"]
     assert [row[5] for row in rows] == ["32", "32"]
+
+
+@pytest.mark.parametrize("command", ["status", "report", "sample"])
+def test_commands_that_read_a_sweep_refuse_values_of_the_recipe(tmp_path: Path, command: str) -> None:
+    write_sweep(tmp_path)
+    for words in (("--train.lr", "3e-4"), ("--tokenizer_train.steps=7",), ("--launch.processes", "2")):
+        flag = words[0].partition("=")[0].replace("_", "-")
+        message = refused(command, "quickstart", "--root", tmp_path, *words)
+        assert message.startswith(f"{flag} is a value of the recipe, which '{command}' does not use")
+        assert "--root" in message
+    assert "did you mean --root?" in refused(command, "quickstart", "--rot", tmp_path)
+
+
+def test_a_sweep_under_another_name_can_be_read(tmp_path: Path) -> None:
+    write_sweep(tmp_path)
+    (tmp_path / "quickstart").rename(tmp_path / "mine")
+    assert refused("status", "quickstart", "--root", tmp_path).startswith(str(tmp_path / "quickstart"))
+    found = cli("status", "quickstart", "--root", tmp_path, "--name", "mine", "--json")
+    assert json.loads(found.stdout).keys() >= {"tokenizer", "tokens"}
+
+
+@pytest.mark.parametrize("command", run_sweep.COMMANDS)
+def test_help_shows_a_commands_own_options_first_and_all_of_them(command: str) -> None:
+    own = options_of(run_sweep.COMMANDS[command].options())
+    for words in ((command,), (command, "quickstart")):
+        if words[1:] and run_sweep.COMMANDS[command].takes == "table":
+            continue
+        text = cli(*words, "--help").stdout
+        places = [text.index(f"  {option.flag} ") for option in own]
+        assert all(option.doc and option.doc.split()[0] in text for option in own)
+        if words[1:] and run_sweep.COMMANDS[command].takes == "recipe":
+            assert max(places) < text.index("Values of the recipe") < text.index("  --train.lr ")
+        else:
+            assert "--train.lr" not in text
+            assert len(text.splitlines()) < 60
+
+
+def test_missing_data_is_told_by_plan_as_by_run(tmp_path: Path) -> None:
+    words = ("cifar10", "--root", tmp_path / "runs", "--data.path", tmp_path / "nowhere")
+    planned = cli("plan", *words)
+    assert planned.returncode == 0, "a plan needs no data"
+    error = refused("run", *words)
+    assert f"MISSING DATA: {error}" in planned.stdout.splitlines()
+    assert "'run' and 'tokenize' will stop with this error" in planned.stdout
+    assert json.loads(cli("plan", *words, "--json").stdout)["missing_data"] == error
+    (tmp_path / "nowhere").mkdir()
+    assert f"MISSING DATA: {refused('run', *words)}" in cli("plan", *words).stdout.splitlines()
+    assert "MISSING" not in cli("plan", "quickstart", "--root", tmp_path).stdout
+
+
+def test_tokenize_is_not_for_the_other_machines(tmp_path: Path) -> None:
+    two = ("--launch.machines", "2", "--launch.main-address", "here", "--launch.machine-rank", "1")
+    assert "tokenize is done by machine 0 alone" in refused(
+        "tokenize", "quickstart", "--root", tmp_path, *two
+    )
+    assert "launch.main_address" in refused("run", "quickstart", "--launch.machines", "2")
+
+
+def test_a_cache_that_cannot_be_written_is_a_note_and_ends_no_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VARSCALE_CACHE", str(tmp_path / "cache"))
+    made = make_plan(load_recipe("quickstart"), tmp_path, _counted)
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    state = JobState(made.jobs[0], from_scratch=True, seconds=10.0)
+    out = io.StringIO()
+    commands._calibrate(made, state, Console(file=out, width=200))
+    assert out.getvalue().startswith("note: this speed is not remembered")
+    (tmp_path / "cache").unlink()
+    commands._calibrate(made, state, Console(file=out))
+    assert make_plan(load_recipe("quickstart"), tmp_path, _counted).jobs[0].seconds == pytest.approx(10.0)
+
+
+TABLE = "run,params,tokens,loss\n" + "".join(
+    f"r{i},{n},{20 * n},{1.7 + 400 * n**-0.34}\n" for i, n in enumerate((1e7, 3e7, 1e8, 3e8, 1e9, 3e9))
+)
+
+
+def test_a_law_is_fitted_to_any_table_without_a_recipe_or_torch(tmp_path: Path) -> None:
+    file = tmp_path / "runs.csv"
+    file.write_text(TABLE)
+    result = cli("fit", file, "--x", "N", "--offset", no_torch=True)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "0.34" in result.stdout
+    assert isinstance(json.loads(cli("fit", file, "--json").stdout), dict)
+
+
+def test_a_table_that_cannot_be_fitted_is_one_line(tmp_path: Path) -> None:
+    assert "needs a table" in refused("fit")
+    assert str(tmp_path / "nothing.csv") in refused("fit", tmp_path / "nothing.csv")
+    file = tmp_path / "runs.csv"
+    file.write_text(TABLE)
+    assert "did you mean --offset?" in refused("fit", file, "--ofset")
+    assert "expected one of" in refused("fit", file, "--law", "cubic")
+    assert "unknown option --train.lr" in refused("fit", file, "--train.lr", "1")
+    file.write_text(TABLE.replace("loss", "perplexity"))
+    assert "loss" in refused("fit", file)
 
 
 def test_a_wrong_command_or_recipe_is_told_with_the_nearest(tmp_path: Path) -> None:
