@@ -9,39 +9,95 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from analysis.allocation import Allocation, allocate
+    from analysis.broken import BrokenLaw, FormChoice, choose_form, fit_broken_power_law
+    from analysis.comparison import Comparison, compare
+    from analysis.conventions import conventions_table, with_conventions
+    from analysis.design import NextRun, next_run
     from analysis.errors import DataError
     from analysis.forecast import Backtest, Forecast, backtest
     from analysis.frontier import Frontier, pareto_frontier
+    from analysis.isoflop import IsoFlop, fit_isoflop
+    from analysis.ladder import Ladder
+    from analysis.parametric import ParametricLaw, fit_parametric
     from analysis.powerlaw import PowerLaw, fit_power_law
-    from analysis.records import load_runs, load_table
+    from analysis.records import load_runs
     from analysis.report import make_report
+    from analysis.surface_forecast import hold_out
+    from analysis.table_fit import FitOptions, fit_table
+    from analysis.tables import load_table
+    from analysis.tidy import Ready, ready
 
 _HOMES = {
+    "Allocation": "allocation",
     "Backtest": "forecast",
+    "BrokenLaw": "broken",
+    "Comparison": "comparison",
     "DataError": "errors",
+    "FitOptions": "table_fit",
     "Forecast": "forecast",
+    "FormChoice": "broken",
     "Frontier": "frontier",
+    "IsoFlop": "isoflop",
+    "Ladder": "ladder",
+    "NextRun": "design",
+    "ParametricLaw": "parametric",
     "PowerLaw": "powerlaw",
+    "Ready": "tidy",
+    "allocate": "allocation",
     "backtest": "forecast",
+    "choose_form": "broken",
+    "compare": "comparison",
+    "conventions_table": "conventions",
+    "fit_broken_power_law": "broken",
+    "fit_isoflop": "isoflop",
+    "fit_parametric": "parametric",
     "fit_power_law": "powerlaw",
+    "fit_table": "table_fit",
+    "hold_out": "surface_forecast",
     "load_runs": "records",
-    "load_table": "records",
+    "load_table": "tables",
     "make_report": "report",
+    "next_run": "design",
     "pareto_frontier": "frontier",
+    "ready": "tidy",
+    "with_conventions": "conventions",
 }
 
 __all__ = [
+    "Allocation",
     "Backtest",
+    "BrokenLaw",
+    "Comparison",
     "DataError",
+    "FitOptions",
     "Forecast",
+    "FormChoice",
     "Frontier",
+    "IsoFlop",
+    "Ladder",
+    "NextRun",
+    "ParametricLaw",
     "PowerLaw",
+    "Ready",
+    "allocate",
     "backtest",
+    "choose_form",
+    "compare",
+    "conventions_table",
+    "fit_broken_power_law",
+    "fit_isoflop",
+    "fit_parametric",
     "fit_power_law",
+    "fit_table",
+    "hold_out",
     "load_runs",
     "load_table",
     "make_report",
+    "next_run",
     "pareto_frontier",
+    "ready",
+    "with_conventions",
 ]
 
 

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -95,10 +96,13 @@ def unresolved(replicates: int, level: float, groups: int, parameters: int) -> s
     tail = expanded_tail(level, groups, parameters)
     if tail * replicates >= 1:
         return ""
-    return (
-        f"{groups} independent runs are too few for a bootstrap interval of {parameters} parameters at "
-        f"{level:.4g} (it would need {1 / tail:.2g} replicates, there are {replicates})"
+    few = (
+        f"{groups} independent runs are too few for a bootstrap interval of {parameters} parameters "
+        f"at {level:.4g}"
     )
+    if tail < 1e-6:
+        return few
+    return f"{few} (it would need {math.ceil(1 / tail)} replicates, there are {replicates})"
 
 
 def expanded_percentile(

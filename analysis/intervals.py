@@ -48,6 +48,11 @@ class Interval(Protocol):
         """Interval of L at ``z``; of a new run's L with ``observation``."""
 
 
+def bracket(low: float, high: float, form: str = ".5g") -> str:
+    """``  [low, high]`` for a line of text; empty where there is no interval (NaN)."""
+    return "" if np.isnan(low) else f"  [{low:{form}}, {high:{form}}]"
+
+
 def t_quantile(freedom: float | Floats, level: float) -> Floats:
     """Two-sided Student quantile; ``freedom`` may be fractional."""
     from scipy.special import stdtrit

@@ -23,7 +23,7 @@ from numpy.typing import ArrayLike
 
 from analysis.bootstrap import group_codes, group_weights
 from analysis.errors import DataError, Floats, positive, rows
-from analysis.intervals import Interval, ReplicateInterval, cluster_line, student_line
+from analysis.intervals import Interval, ReplicateInterval, bracket, cluster_line, student_line
 from analysis.line_fit import fit_line, fit_offset, pivot_of, polish, profile_interval
 from analysis.solver import LossFn
 
@@ -149,8 +149,7 @@ class PowerLaw:
             f"{level:.0%} intervals: {method}",
         ]
         lines += [
-            f"  {name:8s}{value:12.5g}  [{low:.5g}, {high:.5g}]"
-            for name, value, low, high in self.rows(level)
+            f"  {name:8s}{value:12.5g}{bracket(low, high)}" for name, value, low, high in self.rows(level)
         ]
         return "\n".join(lines)
 

@@ -71,6 +71,7 @@ def make_report(sweep_folder: str | Path, flops: Literal["flops", "flops_6nd"] =
         "laws": laws,
         "methods": list(zip("abcdefghijklmnopqrstuvwxyz", methods, strict=False)),
         "forecasts": _forecast_rows(study),
+        "conventions": _convention_rows(study),
         "tokenizer": tokenizer,
         "samples": samples,
         "recipe": json.dumps(study.sweep.get("recipe", _config(study)), indent=2, ensure_ascii=False),
@@ -222,9 +223,14 @@ def _run_rows(study: Study) -> list[dict[str, Any]]:
             row[key] = "–" if last is None else plots.number(float(f"{last[key]:.4g}"))
         row["epochs"] = "–" if last is None else f"{last['epochs']:.3g}"
         for key in plots.QUANTITIES:
-            row[key] = "–" if last is None else f"{last[key]:.4f} ± {last[key + '_se']:.4f}"
+            row[key] = "–" if last is None else _with_error(last[key], last[key + "_se"])
         rows.append(row)
     return rows
+
+
+def _with_error(value: float, error: float) -> str:
+    """A single validation image has no standard error."""
+    return f"{value:.4f}" if math.isnan(error) else f"{value:.4f} ± {error:.4f}"
 
 
 def _law_row(row: Law) -> dict[str, Any]:
@@ -239,7 +245,7 @@ def _law_row(row: Law) -> dict[str, Any]:
     law = row.law
     if law is None:
         return cells
-    cells["pearson"], cells["n"] = f"{law.pearson:.4f}", f"{len(law.x)} ({law.groups} independent)"
+    cells["pearson"], cells["n"] = f"{law.pearson:.4f}", f"{len(law.x)} ({law.groups})"
     if not law.converged:
         return cells
     why = law.no_interval()
@@ -250,6 +256,22 @@ def _law_row(row: Law) -> dict[str, Any]:
     if row.offset:
         cells["offset"] = _with_interval(law.offset, bounds.get("offset"))
     return cells
+
+
+def _convention_rows(study: Study) -> list[dict[str, str]]:
+    rows = []
+    for row in study.conventions:
+        fitted = math.isfinite(row["exponent"])
+        rows.append(
+            {
+                "axis": row["N"] if row["x"] == "params" else row["C"],
+                "points": "final losses" if row["x"] == "params" else "Pareto set",
+                "alpha": _with_interval(row["exponent"], (row["low"], row["high"])) if fitted else "–",
+                "moved": f"{row['moved']:+.2g}" if fitted and row["moved"] else "–",
+                "status": row["status"],
+            }
+        )
+    return rows
 
 
 def _with_interval(value: float, bounds: tuple[float, float] | None) -> str:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from analysis.conventions import conventions_table, load_costs
 from analysis.errors import DataError
 from analysis.forecast import Forecast, backtest
 from analysis.frontier import Frontier, pareto_frontier
@@ -82,6 +83,9 @@ class Study:
     """By quantity: (with offset, the largest depth's forecast)."""
     forecast_problems: tuple[str, ...]
     """Why a form has no forecast."""
+    conventions: tuple[dict[str, Any], ...]
+    """The last scale's exponents again under other counts of N and C (``conventions_table``), and the
+    axis, ``x``: params over final losses, flops along the Pareto frontier."""
     notes: tuple[str, ...]
 
     @property
@@ -124,6 +128,7 @@ class Study:
                 "level": LEVEL,
                 "laws": [_law_json(row) for row in self.laws],
                 "forecasts": forecasts,
+                "conventions": list(self.conventions),
                 "notes": list(self.notes),
             }
         )
@@ -173,7 +178,25 @@ def make_study(sweep_folder: str | Path, flops: Literal["flops", "flops_6nd"] = 
                 laws.append(Law(quantity, flops, kind, offset, law, problem))
     forecasts, problems = _forecasts(frame)
     notes = (*frame.attrs["notes"], *_cautions(frame))
-    return Study(folder, sweep, frame, runs, flops, tuple(laws), frontiers, forecasts, problems, notes)
+    conventions = _conventions(folder, frame)
+    return Study(
+        folder, sweep, frame, runs, flops, tuple(laws), frontiers, forecasts, problems, conventions, notes
+    )
+
+
+def _conventions(folder: Path, frame: pd.DataFrame) -> tuple[dict[str, Any], ...]:
+    quantity = "loss_last"
+    good = frame[usable(frame, quantity) & (frame["state"] != "failed")]
+    try:
+        costs = load_costs(folder, [str(name) for name in good["run"].unique()])
+    except RecordsError:  # runs older than costs.json still have the counts that they recorded
+        costs = None
+    found: list[dict[str, Any]] = []
+    for x in ("params", "flops"):
+        table = conventions_table(good, costs, x, quantity, level=LEVEL)
+        for row in table.to_dict("records"):
+            found.append({"x": x, "quantity": quantity} | {str(key): value for key, value in row.items()})
+    return tuple(found)
 
 
 def _fit_final(final: pd.DataFrame, quantity: str, offset: bool) -> tuple[PowerLaw | None, str]:

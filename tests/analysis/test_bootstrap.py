@@ -84,7 +84,7 @@ def test_groups_of_wrong_length() -> None:
 
 def test_replicates_that_cannot_resolve_the_tail_give_no_interval() -> None:
     """Of five runs with three parameters the tail is 5e-12: the range of 400 draws is no 95 % interval."""
-    with pytest.raises(DataError, match=r"5 independent runs are too few .* there are 400"):
+    with pytest.raises(DataError, match=r"5 independent runs are too few"):
         expanded_percentile(np.arange(400.0), 0.95, 5, 3)
     low, high = expanded_percentile(np.arange(400.0), 0.95, 13, 3)
     assert 0 < low < high < 399

@@ -1,15 +1,13 @@
-"""Reading sweeps and tables: nothing dropped in silence, bad ones named."""
+"""Reading sweeps: nothing dropped in silence, bad records named."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
 import pytest
 
-from analysis import load_runs, load_table
+from analysis import load_runs
 from analysis.records import COLUMNS
 from scaling.records import RecordsError
 from tests.analysis import fabricate
@@ -53,6 +51,7 @@ def test_nan_losses_are_named(tmp_path: Path) -> None:
     [
         ({"flops": None}, "has flops = None; expected a number"),
         ({"loss_avg": "4.2"}, "has loss_avg = '4.2'"),
+        ({"loss_avg_se": "4.2"}, "has loss_avg_se = '4.2'"),
     ],
 )
 def test_wrong_values_name_file_step_and_key(tmp_path: Path, change: dict[str, object], message: str) -> None:
@@ -81,50 +80,6 @@ def test_missing_keys_and_missing_runs(tmp_path: Path) -> None:
         load_runs(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
-def test_tables_are_read_by_synonym(tmp_path: Path, ending: str) -> None:
-    frame = pd.DataFrame(
-        {"Model Size": [1e6, 2e6], "Training FLOP": [1e15, 3e15], "loss": [3.1, 3.0], "hue": ["a", "b"]}
-    )
-    file = tmp_path / f"table.{ending}"
-    if ending == "csv":
-        frame.to_csv(file, index=False)
-    elif ending == "jsonl":
-        frame.to_json(file, orient="records", lines=True)
-    else:
-        frame.to_parquet(file)
-    table = load_table(file)
-    assert list(table.columns) == ["params", "flops", "loss", "hue"]
-    np.testing.assert_array_equal(table["flops"], [1e15, 3e15])
-    assert table.attrs["notes"] == ["unknown columns, kept as they are: hue"]
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("N,params,loss\n1,1,2\n", "columns N, params all mean 'params'"),
-        ("N,loss\n1,two\n2,3\n", r"column 'loss' has text where numbers belong, row 0 \('two'\)"),
-        ("N,loss\n", "no rows"),
-        ("", "not a readable csv"),
-    ],
-)
-def test_bad_tables(tmp_path: Path, text: str, message: str) -> None:
-    file = tmp_path / "t.csv"
-    file.write_text(text)
-    with pytest.raises(RecordsError, match=message):
-        load_table(file)
-
-
-def test_gaps_are_counted_and_other_files_refused(tmp_path: Path) -> None:
-    file = tmp_path / "t.csv"
-    file.write_text("N,loss\n1,2\n2,\n3,inf\n")
-    assert load_table(file).attrs["notes"] == ["column 'loss': 2 rows missing or not finite (row 1, 2)"]
-    with pytest.raises(RecordsError, match=r"expected a \.csv"):
-        load_table(tmp_path / "t.xlsx")
-    with pytest.raises(RecordsError, match="no such file"):
-        load_table(tmp_path / "none.csv")
-
-
 def test_a_listed_run_that_is_gone_is_named(tmp_path: Path) -> None:
     folder = fabricate.sweep(tmp_path, depths=(1, 2, 3, 4))
     (folder / "var-d2-s0-0123456789" / "config.json").unlink()
@@ -140,3 +95,25 @@ def test_values_without_a_logarithm_are_named(tmp_path: Path) -> None:
     (note,) = load_runs(folder).attrs["notes"]
     assert "var-d2" in note
     assert "error_last 0 or less, which has no logarithm; left out of the laws of it" in note
+
+
+def test_a_standard_error_of_null_is_nan_and_nothing_else_is(tmp_path: Path) -> None:
+    folder = fabricate.sweep(tmp_path, depths=(1, 2))
+    fabricate.change(folder, 2, loss_avg_se=None, error_last_se=None)
+    frame = load_runs(folder)
+    changed = frame[frame["final"] & (frame["depth"] == 2)]
+    assert changed[["loss_avg_se", "error_last_se"]].isna().all(axis=None)
+    assert frame.drop(index=changed.index).drop(columns=["schedule"]).notna().all(axis=None)
+    assert frame.attrs["notes"] == []
+
+
+def test_schedule_and_batch_come_from_the_config(tmp_path: Path) -> None:
+    folder = fabricate.sweep(tmp_path, depths=(1, 2))
+    file = folder / "var-d2-s0-0123456789" / "config.json"
+    config = json.loads(file.read_text())
+    config["train"]["schedule"] = "cos"
+    file.write_text(json.dumps(config))
+    frame = load_runs(folder)
+    assert (frame["batch"] == fabricate.BATCH).all()
+    assert frame[frame["depth"] == 2]["schedule"].eq("cos").all()
+    assert frame[frame["depth"] == 1]["schedule"].isna().all()

@@ -13,6 +13,7 @@ import pytest
 from analysis import fit_power_law, make_report
 from analysis.findings import headline, sentences
 from analysis.study import FRONTIER_CAUTION, _fit_final, make_study
+from scaling.records import list_runs
 from tests.analysis import fabricate
 
 SEEDS = (0, 1, 2)
@@ -158,3 +159,45 @@ def test_what_is_said_of_several_runs_is_what_is_counted(tmp_path: Path) -> None
     assert "2 of 3 runs inside the interval" in said
     row = next(r for r in study.to_json()["forecasts"] if r["quantity"] == "loss_last" and not r["offset"])
     assert (row["inside"], row["runs"]) == (2, 3)
+
+
+def test_exponents_under_other_counts_stand_beside_the_law(tmp_path: Path) -> None:
+    """Without costs.json the counts recorded; with it, parts too, each the fit of its own column."""
+    folder = fabricate.sweep(tmp_path, depths=(1, 2, 3, 4, 5), noise=1e-3)
+    bare = make_study(folder).conventions
+    assert [(r["x"], r["params"], r["flops"]) for r in bare] == [
+        ("params", "blocks", "exact"),
+        ("params", "total", "exact"),
+        ("flops", "blocks", "exact"),
+        ("flops", "blocks", "6nd"),
+        ("flops", "total", "6nd"),
+    ]
+    for run in list_runs(folder):
+        record = run.metrics("eval")[-1]
+        N, images = record["params"], record["tokens"] // fabricate.SEQ
+        params = {
+            "qkv": N // 6,
+            "projection": N // 18,
+            "mlp": N * 8 // 18,
+            "adaln": N // 3,
+            "adaln_shared": 0,
+        }
+        flops = {"qkv": 3 * N, "projection": N, "mlp": 8 * N, "attention": 5 * N, "adaln": N, "embedding": N}
+        rest = record["flops"] / images - sum(flops.values())
+        run.write_costs(
+            {
+                "params": params | {"biases": 50_000, "embeddings": 50_000, "head": 100_000},
+                "flops_per_image": flops | {"head": rest},
+                "tokens_per_image": fabricate.SEQ,
+            }
+        )
+    study = make_study(folder)
+    rows = {(r["x"], r["params"], r["flops"]): r for r in study.conventions}
+    assert len(rows) > len(bare)
+    law = study.law("loss_last").law
+    assert law is not None
+    assert rows["params", "blocks", "exact"]["exponent"] == law.alpha
+    # Two thirds of N at every depth: another β, the same exponent. A constant on top changes it.
+    assert rows["params", "blocks_without_adaln", "exact"]["exponent"] == pytest.approx(law.alpha, rel=1e-12)
+    assert abs(rows["params", "total", "exact"]["moved"]) > 1e-4
+    assert study.to_json()["conventions"] == list(study.conventions)
