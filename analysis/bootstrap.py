@@ -18,20 +18,25 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from analysis.errors import DataError, Floats
+from analysis.errors import DataError, Floats, rows
 
 
 def group_codes(groups: ArrayLike | None, n: int) -> NDArray[np.int64]:
     """Group numbers 0…G−1 in order of first appearance; every point its own group for ``None``.
 
     Raises:
-        DataError: ``groups`` has another length than the data.
+        DataError: ``groups`` has another length than the data, or a row without a label.
     """
     if groups is None:
         return np.arange(n)
     labels = np.asarray(groups)
     if labels.shape != (n,):
         raise DataError(f"groups: expected {n} labels, one per point, got shape {labels.shape}")
+    missing = np.array([label is None or label != label for label in labels.tolist()], dtype=bool)
+    if missing.any():
+        raise DataError(
+            f"groups: no label in {rows(missing)}; an interval hangs on which run each row is of"
+        )
     seen: dict[Any, int] = {}
     return np.array([seen.setdefault(label, len(seen)) for label in labels.tolist()], dtype=np.int64)
 
@@ -40,8 +45,7 @@ def group_weights(
     codes: NDArray[np.int64],
     replicates: int,
     seed: int,
-    x: Floats | None = None,
-    distinct: int = 1,
+    *needs: tuple[Floats, int],
 ) -> tuple[Floats, int]:
     """Weights of ``replicates`` resamples of whole groups, with replacement.
 
@@ -49,30 +53,45 @@ def group_weights(
         codes: group number of each point.
         replicates: how many resamples, R.
         seed: of the draws.
-        x, distinct: redraw until a resample holds at least so many distinct values of ``x``.
+        needs: columns (n,), each with how many distinct values of it a resample must hold; draws that
+            hold fewer are thrown back.
 
     Returns:
         weights (R, n) and the number of draws thrown back.
+
+    Raises:
+        DataError: a negative number of replicates, or a column that has too few distinct values itself.
     """
+    if replicates < 1:
+        raise DataError(f"bootstrap must be a positive number of replicates, got {replicates}")
     rng = np.random.default_rng(seed)
     G = int(codes.max()) + 1
-    member = np.zeros((G, 1))
-    if x is not None:
-        values, which = np.unique(x, return_inverse=True)
-        member = np.zeros((G, len(values)))
-        member[codes, which] = 1
+    members: list[tuple[Floats, int]] = []
+    for column, distinct in needs:
+        values, which = np.unique(column, return_inverse=True)
         if len(values) < distinct:
             raise DataError(f"{distinct} distinct x are needed, got {len(values)}")
+        member = np.zeros((G, len(values)))
+        member[codes, which] = 1
+        members.append((member, distinct))
     kept: list[Floats] = []
     have = thrown = 0
     while have < replicates:
         counts = rng.multinomial(G, np.full(G, 1 / G), size=replicates).astype(np.float64)
-        enough = ((counts @ member) > 0).sum(1) >= distinct if x is not None else np.ones(len(counts), bool)
-        counts = counts[enough][: replicates - have]
-        thrown += int((~enough).sum()) if have + len(counts) < replicates or not kept else 0
-        have += len(counts)
-        kept.append(counts)
-    return np.concatenate(kept)[:, codes], thrown
+        enough = np.ones(len(counts), bool)
+        for member, distinct in members:
+            enough &= ((counts @ member) > 0).sum(1) >= distinct
+        good = np.flatnonzero(enough)[: replicates - have]
+        have += len(good)
+        # Draws after the last one that is wanted were not needed, good or bad.
+        thrown += (good[-1] + 1 if have == replicates else len(counts)) - len(good)
+        kept.append(counts[good])
+    return np.concatenate(kept)[:, codes], int(thrown)
+
+
+def replicates_note(replicates: int, redrawn: int, unconverged: int) -> str:
+    """How the bootstrap went, for a summary."""
+    return f"  {replicates} replicates; {redrawn} resamples drawn again, {unconverged} fits did not converge"
 
 
 def expanded_tail(level: float, groups: int, parameters: int) -> float:

@@ -14,7 +14,15 @@ Floats = NDArray[np.float64]
 
 
 class DataError(RecordsError, ValueError):
-    """Numbers that cannot be fitted; the message says which rows and why."""
+    """Numbers that cannot be fitted; the message, one printable line, says which rows and why."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
+
+
+def printable(line: str) -> str:
+    """Names from a table may hold anything, escape sequences of a terminal too."""
+    return "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in line)
 
 
 def rows(mask: NDArray[np.bool_]) -> str:
@@ -31,7 +39,10 @@ def positive(values: ArrayLike, name: str) -> Floats:
     Raises:
         DataError: another shape, NaN, infinite, zero or negative; names the rows (from 0).
     """
-    array = np.asarray(values, dtype=np.float64)
+    try:
+        array = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{name}: expected numbers ({error})") from None
     if array.ndim != 1:
         raise DataError(f"{name}: expected one column of numbers, got shape {array.shape}")
     bad = ~np.isfinite(array)

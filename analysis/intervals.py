@@ -225,12 +225,15 @@ class ProfileInterval:
         share = share / (offset[:, None] + share)
         log_L = np.log(offset[:, None] + np.exp(line))
         # On the log of L a step of the line counts by the reducible share; a new run adds its own noise.
-        half = np.sqrt(q[:, None] * (spread * share**2 + observation))
-        if observation:
-            return np.exp((log_L - half).min(0)), np.exp((log_L + half).max(0))
         half = np.sqrt(q[:, None] * spread)
         low = (offset[:, None] + np.exp(line - half)).min(0)
-        return low, (offset[:, None] + np.exp(line + half)).max(0)
+        high = (offset[:, None] + np.exp(line + half)).max(0)
+        if observation:
+            half = np.sqrt(q[:, None] * (spread * share**2 + 1))
+            # Far out the law's own band, which is not linearised, may be the wider one.
+            low = np.minimum(low, np.exp((log_L - half).min(0)))
+            high = np.maximum(high, np.exp((log_L + half).max(0)))
+        return low, high
 
 
 @dataclass(frozen=True)
@@ -240,7 +243,8 @@ class ReplicateInterval:
     theta: Floats
     """(R, 3): a, α, offset of every replicate."""
     residuals: Floats
-    """Of the fit, log L: a new run's noise is drawn from them."""
+    """Of the fit, in log L, or log(L − offset) where the offset is fixed: a new run's noise is drawn
+    from them."""
     groups: int
     free_offset: bool
     centre: float
@@ -274,5 +278,7 @@ class ReplicateInterval:
         if observation:
             rng = np.random.default_rng(self.seed + 1)
             inflate = np.sqrt(len(self.residuals) / max(1, len(self.residuals) - self.parameters))
-            L = L * np.exp(rng.choice(self.residuals, size=(len(L), 1)) * inflate)
+            # Residuals are log L̂ − log L: a run above the law has a negative one.
+            noise = np.exp(-rng.choice(self.residuals, size=(len(L), 1)) * inflate)
+            L = L * noise if self.free_offset else offset + (L - offset) * noise
         return expanded_percentile(L, level, self.groups, self.parameters)

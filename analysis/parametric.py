@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from analysis.bootstrap import group_codes, group_weights
+from analysis.bootstrap import group_codes, group_weights, replicates_note
 from analysis.errors import DataError, Floats, positive, same_length
 from analysis.intervals import bracket
-from analysis.solver import LossFn
+from analysis.solver import LossFn, check_loss_fn
 from analysis.surface import Surface
 from analysis.surface_fit import Points, fit_surface, refit, residual_model
 from analysis.surface_interval import ProfileSurface, Quantity, ReplicateSurface, SurfaceInterval
@@ -280,6 +280,8 @@ class ParametricLaw:
         ]
         lines += [f"  {n:8s}{value:12.5g}{bracket(low, high)}" for n, value, low, high in self.rows(level)]
         lines.append("  N_opt ∝ C^a, D_opt ∝ C^b at C = 6·N·D" + " of fresh data" * self.surface.repeats)
+        if self.replicates is not None:
+            lines.append(replicates_note(len(self.replicates), self.redrawn, self.unconverged))
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
@@ -302,7 +304,9 @@ class ParametricLaw:
         unique_tokens: float | None,
     ) -> tuple[Floats, Floats, Floats]:
         self._repeated(unique_tokens)
-        unique = None if unique_tokens is None else np.full(len(log_C), np.log(unique_tokens))
+        unique = None
+        if unique_tokens is not None:
+            unique = np.full(len(log_C), np.log(positive([unique_tokens], "unique_tokens")[0]))
         u, v = best_log_params(self.surface, theta_BP, log_C, flops_per_token, unique)
         at = None if unique is None else unique[:, None]
         return u, v, self.surface.log_loss(theta_BP, u[:, None], v[:, None], at)[:, 0]
@@ -316,7 +320,13 @@ class ParametricLaw:
             given.append(np.asarray(unique_tokens, dtype=np.float64))
         for name, array in zip(("params", "tokens", "unique_tokens"), given, strict=False):
             positive(array.ravel(), name)
-        u, v, *rest = np.broadcast_arrays(*(np.log(a) for a in given))
+        try:
+            u, v, *rest = np.broadcast_arrays(*(np.log(a) for a in given))
+        except ValueError:
+            shapes = ", ".join(str(a.shape) for a in given)
+            raise DataError(
+                f"params, tokens (and unique_tokens) do not fit together: {shapes}"
+            ) from None
         return u, v, rest[0] if rest else None
 
     def _repeated(self, unique_tokens: ArrayLike | None) -> None:
@@ -375,11 +385,10 @@ def fit_parametric(
     if len(w) != n:
         raise DataError(f"weights: expected {n}, got {len(w)}")
     w = w / w.mean()
-    if delta <= 0:
-        raise DataError(f"delta must be positive, got {delta}")
+    check_loss_fn(loss_fn, delta)
     unique = None
     if unique_tokens is not None:
-        unique = positive(np.broadcast_to(np.asarray(unique_tokens, dtype=np.float64), (n,)), "unique_tokens")
+        unique = unique_column(unique_tokens, n)
     elif excess_params:
         raise DataError("excess_params belongs to repeated data: give unique_tokens")
     u, v = np.log(N), np.log(D)
@@ -394,7 +403,7 @@ def fit_parametric(
     draws = None
     redrawn = unconverged = 0
     if bootstrap:
-        counts, redrawn = group_weights(codes, bootstrap, seed, N, 3)
+        counts, redrawn = group_weights(codes, bootstrap, seed, (N, 3), (D, 3))
         draws, unconverged = refit(surface, points, theta, counts * w, loss_fn, delta)
 
     uncertainty: SurfaceInterval | None = None
@@ -419,6 +428,18 @@ def fit_parametric(
         fitted.status, loss_fn, delta, theta, covariance, surface, uncertainty, replicates, redrawn,
         unconverged,
     )  # fmt: skip
+
+
+def unique_column(unique_tokens: ArrayLike, n: int) -> Floats:
+    """``unique_tokens`` for n points: one number for all, or one each.
+
+    Raises:
+        DataError: another length, NaN or not positive.
+    """
+    column = np.asarray(unique_tokens, dtype=np.float64)
+    if column.shape not in ((), (1,), (n,)):
+        raise DataError(f"unique_tokens: expected one number or {n}, got shape {column.shape}")
+    return positive(np.broadcast_to(column, (n,)), "unique_tokens")
 
 
 def _enough(surface: Surface, N: Floats, D: Floats, L: Floats, unique: Floats | None, G: int) -> None:

@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from analysis.bootstrap import group_codes, group_weights
+from analysis.bootstrap import group_codes, group_weights, replicates_note
 from analysis.errors import DataError, Floats, positive, rows
 from analysis.intervals import Interval, ReplicateInterval, bracket, cluster_line, student_line
 from analysis.line_fit import fit_line, fit_offset, pivot_of, polish, profile_interval
-from analysis.solver import LossFn
+from analysis.solver import LossFn, check_loss_fn
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -76,6 +76,8 @@ class PowerLaw:
     """(R, 3) bootstrap draws of alpha, log_beta, offset; None without ``bootstrap``."""
     redrawn: int
     """Resamples that could not carry the form and were drawn again."""
+    unconverged: int
+    """Replicates whose gradient did not vanish; they count where they ended."""
 
     @property
     def alpha(self) -> float:
@@ -111,8 +113,13 @@ class PowerLaw:
         return found
 
     def value(self, x: ArrayLike) -> Floats:
-        """L at ``x``."""
-        logs = np.log(np.asarray(x, dtype=np.float64)) + self.log_beta
+        """L at ``x``.
+
+        Raises:
+            DataError: ``x`` is not positive.
+        """
+        at = np.asarray(x, dtype=np.float64)
+        logs = np.log(positive(at.ravel(), "x")).reshape(at.shape) + self.log_beta
         return np.asarray(self.offset + np.exp(self.alpha * logs))
 
     def predict(self, x: ArrayLike, level: float = 0.95, observation: bool = False) -> Prediction:
@@ -151,6 +158,8 @@ class PowerLaw:
         lines += [
             f"  {name:8s}{value:12.5g}{bracket(low, high)}" for name, value, low, high in self.rows(level)
         ]
+        if self.replicates is not None:
+            lines.append(replicates_note(len(self.replicates), self.redrawn, self.unconverged))
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
@@ -202,7 +211,7 @@ def fit_power_law(
 
     Raises:
         DataError: NaN or non-positive values (rows named), too few points or distinct x for
-            the form, constant y, points at or below a fixed offset.
+            the form, constant y, points at or below a fixed offset, an unknown loss, δ ≤ 0.
     """
     x_n, y_n = positive(x, "x"), positive(y, "y")
     if len(x_n) != len(y_n):
@@ -210,7 +219,10 @@ def fit_power_law(
     n = len(x_n)
     codes = group_codes(groups, n)
     G = int(codes.max(initial=-1)) + 1
-    kind: OffsetKind = "free" if offset is True else "none" if offset is False else "fixed"
+    check_loss_fn(loss_fn, delta)
+    # A comparison of numpy's is no bool of Python's, and must not pass for an offset of 1 nat.
+    switch = isinstance(offset, bool | np.bool_)
+    kind: OffsetKind = ("free" if offset else "none") if switch else "fixed"
     fixed = float(offset) if kind == "fixed" else 0.0
     _enough(x_n, n, G, kind)
     w = np.ones(n) if weights is None else positive(weights, "weights")
@@ -244,15 +256,17 @@ def fit_power_law(
         residuals = a + alpha * z - log_y
 
     replicates = None
-    redrawn = 0
+    redrawn = unconverged = 0
     if bootstrap:
-        draws, redrawn = group_weights(codes, bootstrap, seed, x_n, 3 if kind == "free" else 2)
+        draws, redrawn = group_weights(codes, bootstrap, seed, (x_n, 3 if kind == "free" else 2))
         if kind == "free":
             starts, pivot = np.tile(theta, (bootstrap, 1)), pivot_of(z, w, theta)
-            found = polish(z, y_n, draws * w, starts, ceiling, pivot, loss_fn, delta).theta
+            end = polish(z, y_n, draws * w, starts, ceiling, pivot, loss_fn, delta)
+            found = end.theta
         else:
-            line = fit_line(z, log_y, draws * w, loss_fn, delta).theta
-            found = np.column_stack([line, np.full(bootstrap, fixed)])
+            end = fit_line(z, log_y, draws * w, loss_fn, delta)
+            found = np.column_stack([end.theta, np.full(bootstrap, fixed)])
+        unconverged = int((~end.converged).sum())
         replicates = found
 
     uncertainty: Interval | None = None
@@ -276,6 +290,7 @@ def fit_power_law(
     return PowerLaw(
         x_n, y_n, w, G, kind, params, log_beta, _pearson_above(log_x, y_n, L_inf, w), objective,
         residuals, converged, status, loss_fn, delta, uncertainty, replicates, redrawn,
+        unconverged,
     )  # fmt: skip
 
 

@@ -7,7 +7,8 @@
   profiled parameter are one call. Legend: B problems, n points, P parameters.
 - The Hessian is Gauss-Newton's with ρ″, damped by the reweighted one, which is positive
   definite where ρ″ vanishes; a step is taken only where it lowers the objective.
-- Box bounds by an active set: a parameter at its bound whose gradient points outwards rests.
+- Box bounds by an active set: a parameter at its bound whose gradient points outwards rests; where
+  a step would cross a bound, the others' step is solved for again with the crossing one at its bound.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Literal
 
 import numpy as np
 
-from analysis.errors import Floats
+from analysis.errors import DataError, Floats
 
 LossFn = Literal["squared", "huber"]
 Model = Callable[[Floats, np.ndarray], tuple[Floats, Floats]]
@@ -48,6 +49,14 @@ class Solution:
     def converged(self) -> np.ndarray:
         """Whether the gradient vanishes (in the parameters that do not rest at a bound)."""
         return self.decrement <= 1e-8
+
+
+def check_loss_fn(loss_fn: str, delta: float) -> None:
+    """Raise ``DataError`` for an unknown loss or a δ that is no positive number."""
+    if loss_fn not in ("squared", "huber"):
+        raise DataError(f"loss_fn: expected 'squared' or 'huber', got {loss_fn!r}")
+    if not 0 < delta < np.inf:
+        raise DataError(f"delta must be a positive number, got {delta}")
 
 
 def rho(residual: Floats, loss_fn: LossFn, delta: float) -> tuple[Floats, Floats, Floats, Floats]:
@@ -110,8 +119,16 @@ def minimise(
             break
         chosen = active[going]
         lam = damping[chosen][:, None, None]
-        step = _solve(newton[going] + lam * damper[going], gradient[going])
+        hessian = newton[going] + lam * damper[going]
+        step = _solve(hessian, gradient[going])
         trial = np.clip(theta[chosen] - step, lower, upper)
+        crossing = trial != theta[chosen] - step
+        if crossing.any():
+            # The others' share of the step was meant for where the crossing ones would have gone: clipped
+            # alone, it need not descend at all, and the descent would crawl along the bound.
+            step = _step_to(hessian, gradient[going], crossing, theta[chosen] - trial)
+            # Exactly at the bound: θ − (θ − bound) may stop short of it by its last digit.
+            trial = np.where(crossing, trial, np.clip(theta[chosen] - step, lower, upper))
         new_residual, new_jacobian = model(trial, chosen)
         new = rho(new_residual, loss_fn, delta)
         new_objective = (weights_Bn[chosen] * new[0]).sum(1)
@@ -136,6 +153,16 @@ def _hessian(weight_Bn: Floats, jacobian_BnP: Floats, resting_BP: np.ndarray) ->
         hessian = hessian * (moving[:, :, None] & moving[:, None, :])
         hessian = hessian + np.einsum("bp,pq->bpq", resting_BP, np.eye(resting_BP.shape[1]))
     return hessian
+
+
+def _step_to(hessian_BPP: Floats, gradient_BP: Floats, held_BP: np.ndarray, held_step_BP: Floats) -> Floats:
+    """The Newton step of the other parameters, given the ``held`` ones' own."""
+    fixed = np.where(held_BP, held_step_BP, 0.0)
+    rest = np.where(held_BP, fixed, gradient_BP - np.einsum("bpq,bq->bp", hessian_BPP, fixed))
+    free = ~held_BP
+    hessian = hessian_BPP * (free[:, :, None] & free[:, None, :])
+    hessian = hessian + np.einsum("bp,pq->bpq", held_BP, np.eye(held_BP.shape[1]))
+    return _solve(hessian, rest)
 
 
 def _solve(hessian_BPP: Floats, gradient_BP: Floats) -> Floats:

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 
 from analysis.bootstrap import group_codes
 from analysis.errors import DataError, Floats, positive, same_length
-from analysis.parametric import ParametricLaw, fit_parametric
+from analysis.parametric import ParametricLaw, fit_parametric, unique_column
 from analysis.solver import LossFn
 
 
@@ -114,7 +114,9 @@ def hold_out(
     codes = group_codes(groups, n)
     unique = None
     if unique_tokens is not None:
-        unique = np.broadcast_to(np.asarray(unique_tokens, dtype=np.float64), (n,))
+        unique = unique_column(unique_tokens, n)
+    if weights is not None:
+        same_length(loss=L, weights=positive(weights, "weights"))
     size = np.zeros(int(codes.max(initial=-1)) + 1)
     np.maximum.at(size, codes, C)
     if not 0 < hide < len(size):

@@ -26,8 +26,10 @@ from analysis.solver import minimise
 from analysis.surface import Surface
 from analysis.surface_fit import Points, residual_model
 
-TURNS = 14
+TURNS = 18
 """Secant steps towards a bound at most."""
+FIRST = 0.3
+"""The first of them, as a share of the bound that a straight line would have."""
 CLOSE = 1e-3
 """A bound is found when its likelihood distance is right within this share."""
 SOFT = 10.0
@@ -98,6 +100,11 @@ class Clusters:
     totals: Floats
     """(G, P): column sums of X_g."""
 
+    left: float
+    """Share of one point's variance that an average residual keeps after the fit, times n."""
+    noise_freedom: float
+    """Satterthwaite's degrees of freedom of that variance."""
+
     @classmethod
     def of(cls, X: Floats, e: Floats, codes: np.ndarray, rho: float | None = None) -> Clusters:
         """From the weighted Jacobian (n, P), the weighted residuals and the group of each point.
@@ -128,7 +135,15 @@ class Clusters:
             cross.append(X_g.T @ A_X)
             sums.append(A_X.sum(0))
         cov = bread @ meat @ bread
-        return cls(cov, bread, rho, np.stack(inner), np.stack(cross), np.stack(sums), totals)
+        # E[RSS]/σ² = tr(MΦ) and its spread 2 tr((MΦ)²), with M = I − H, Φ = (1 − ρ)I + ρZZᵀ, K = ZᵀMZ.
+        n = len(X)
+        K = np.diag([float(len(rows)) for rows in members]) - totals @ bread @ totals.T
+        left = (1 - rho) * (n - P) + rho * np.trace(K)
+        square = (1 - rho) ** 2 * (n - P) + 2 * rho * (1 - rho) * np.trace(K) + rho**2 * (K * K).sum()
+        return cls(
+            cov, bread, rho, np.stack(inner), np.stack(cross), np.stack(sums), totals, float(left),
+            float(left**2 / square),
+        )  # fmt: skip
 
     def freedom(self, contrasts: Floats) -> Floats:
         """Degrees of freedom of the contrasts (Q, P), under the working model."""
@@ -203,7 +218,11 @@ class ProfileSurface:
         return "" if self.freedom > 0 else f"{len(self.w)} points are too few for {P} parameters"
 
     def noise(self, level: float) -> float:
-        return float(t_quantile(self.freedom, level)) * float(np.sqrt(self.variance))
+        if self.clusters is None:
+            return float(t_quantile(self.freedom, level)) * float(np.sqrt(self.variance))
+        # Runs' own errors are few and the fit took up a part of them: n − P would count points.
+        variance = max(self.rss / self.clusters.left, 1e-20)
+        return float(t_quantile(self.clusters.noise_freedom, level)) * float(np.sqrt(variance))
 
     def bounds(self, quantity: Quantity, level: float) -> Bounds:
         Q = quantity.count
@@ -223,7 +242,8 @@ class ProfileSurface:
     def _search(
         self, quantity: Quantity, which: np.ndarray, side: Floats, unit: Floats, goal: Floats, c: Floats
     ) -> Floats:
-        """Where √(RSS − RSS₀) reaches ``goal``, on each ``side``; the natural limit where it never does.
+        """Where √(RSS − RSS₀) reaches ``goal``, on each ``side``; the natural limit where it never does,
+        NaN where the search did not end.
 
         Args:
             unit: standard error of g over s, the scale of the search.
@@ -232,10 +252,12 @@ class ProfileSurface:
         best = quantity.at(self.theta)[which]
         lower, upper = self.surface.lower, self.surface.upper
         base = residual_model(self.surface, self.points)
-        ends = np.where(side < 0, *quantity.natural)
+        ends = np.full(len(which), np.nan)
+        # From the optimum outwards in steps: along a bent valley the whole way at once, which is a
+        # straight line's, ends beyond the box, and the descent from there need not come back.
         direction = side[:, None] * (c @ self.bread) / unit[:, None]
-        theta = np.clip(self.theta + direction * goal[:, None], lower, upper)
-        distance = goal * unit
+        theta = np.clip(self.theta + FIRST * direction * goal[:, None], lower, upper)
+        distance = FIRST * goal * unit
         last_x, last_tau = np.zeros(len(which)), np.zeros(len(which))
         active = np.arange(len(which))
         w = np.broadcast_to(np.append(self.w, 1.0), (len(which), len(self.w) + 1))
@@ -257,7 +279,7 @@ class ProfileSurface:
                 pull = stiff[rows][:, None] * quantity.slopes(theta_BP, k)
                 return np.hstack([r, push[:, None]]), np.concatenate([J, pull[:, None]], 1)
 
-            end = minimise(pushed, theta[chosen], w[: len(chosen)], "squared", 1.0, lower, upper, 60)
+            end = minimise(pushed, theta[chosen], w[: len(chosen)], "squared", 1.0, lower, upper, 300)
             theta[chosen] = end.theta
             g = quantity.value(end.theta, which[chosen])
             rss = (self.w * base(end.theta, chosen)[0] ** 2).sum(1)
@@ -266,16 +288,20 @@ class ProfileSurface:
             tau = np.sqrt(np.maximum(rss - self.rss, 0.0))
             need = goal[chosen]
             found = np.abs(tau - need) <= CLOSE * need
-            stuck = ~found & (np.abs(x - last_x[chosen]) < 1e-4 * unit[chosen] * need) & (tau < need)
+            still = np.abs(x - last_x[chosen]) < 1e-4 * unit[chosen] * need
+            # Only where the descent truly ended do the data set no bound.
+            stuck = ~found & end.converged & still & (tau < need)
             ends[chosen[found]] = g[found]
+            ends[chosen[stuck]] = np.where(side[chosen[stuck]] < 0, *quantity.natural)
             run, rise = x - last_x[chosen], tau - last_tau[chosen]
             span = np.maximum(x, 1e-3 * need * unit[chosen])
             secant = np.abs(rise) > 1e-9 * need
             slope = np.where(secant, run / np.where(secant, rise, 1.0), 0.0)
             slope = np.where(slope > 0, slope, span / np.maximum(tau, 1e-3 * need))
             ahead = x + (need - tau) * slope
-            # The push falls short of its target, by about a hundredth; the next aims as much farther.
-            short = np.clip(distance[chosen] / span, 1.0, 1.2)
+            # The push falls short of its target, by a hundredth, or by half where E rests at 0 and g moves
+            # less freely than ``unit`` says; the next aims as much farther.
+            short = np.clip(distance[chosen] / span, 1.0, 3.0)
             distance[chosen] = np.clip(ahead, 0.4 * span, 2.5 * span) * short
             last_x[chosen], last_tau[chosen] = x, tau
             active = chosen[~found & ~stuck]

@@ -125,7 +125,7 @@ def main(path: Path, count: int, replicates: int) -> None:
 
     booted, boot_seconds = timed(lambda: fit_parametric(N, D, L, bootstrap=REPLICATES))
     # The same draws again: how often each point was drawn, from the same seed.
-    draws, _ = group_weights(np.arange(n), REPLICATES, 0, N, 3)
+    draws, _ = group_weights(np.arange(n), REPLICATES, 0, (N, 3), (D, 3))
     surface = law.surface
     points = Points(np.log(N), np.log(D), None, np.log(L))
     rng = np.random.default_rng(1)

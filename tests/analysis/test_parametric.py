@@ -187,7 +187,11 @@ def test_a_term_without_effect_leaves_its_exponent_undetermined() -> None:
         (lambda t: t | {"unique_tokens": 1e9}, "nothing repeats"),
         (lambda t: t | {"excess_params": True}, "give unique_tokens"),
         (lambda t: t | {"unique_tokens": 1e6, "excess_params": True}, "2 distinct unique_tokens, got 1"),
-        (lambda t: t | {"delta": 0.0}, "delta must be positive"),
+        (lambda t: t | {"delta": 0.0}, "delta must be a positive number"),
+        (lambda t: t | {"delta": float("nan")}, "delta must be a positive number"),
+        (lambda t: t | {"loss_fn": "square"}, "expected 'squared' or 'huber', got 'square'"),
+        (lambda t: t | {"unique_tokens": np.ones(7)}, r"expected one number or 36, got shape \(7,\)"),
+        (lambda t: t | {"bootstrap": -1}, "positive number of replicates, got -1"),
     ],
 )  # fmt: skip
 def test_bad_data_are_named(change: object, message: str) -> None:

@@ -11,7 +11,7 @@ from scipy.stats import t
 from analysis import DataError
 from analysis.errors import Floats
 from analysis.parametric import ParametricLaw, fit_parametric
-from analysis.surface_interval import Clusters
+from analysis.surface_interval import Clusters, ProfileSurface
 
 DEPTHS = np.repeat(np.arange(1, 14), 4)
 N = 73728.0 * DEPTHS**3.0
@@ -166,3 +166,60 @@ def test_too_few_runs_have_no_interval() -> None:
 def test_levels_are_shares(level: float) -> None:
     with pytest.raises(DataError, match="between 0 and 1"):
         fit_parametric(N, D, study(0), "squared").interval(level)
+
+
+@pytest.mark.parametrize("seed", [10, 13])
+def test_a_prediction_stays_bounded_where_the_floor_may_be_nought(seed: int) -> None:
+    """A slow α leaves E free down to 0: its bound must bend the profile, not end the search for one."""
+    small = DEPTHS < 9
+    n, d = N[small], D[small]
+    L = 2 + 1.5 * (n / n[0]) ** -0.05 + 2 * (d / 1e7) ** -0.3
+    L = L * np.exp(0.003 * np.random.default_rng(seed).normal(size=len(L)))
+    law = fit_parametric(n, d, L, "squared")
+    assert law.converged
+    far = float(4 * n.max()), float(4 * d.max())
+    said = law.predict(*([value] for value in far))
+    for bound, toward in ((said.low[0], -1), (said.high[0], 1)):
+        # The profile at the bound, E eliminated: the law through (far, bound) that fits best.
+        assert excess_at(law, far, float(bound)) == pytest.approx(0, abs=0.02)
+        assert excess_at(law, far, float(said.value[0] + 2 * (bound - said.value[0]))) > 0.2
+        assert toward * (bound - said.value[0]) > 0
+
+
+def excess_at(law: ParametricLaw, far: tuple[float, float], value: float) -> float:
+    """RSS of the best law in the box with L(far) = ``value``, over RSS(1 + t²/(n − 5)), minus 1."""
+    s = law.surface
+    u, v = np.log(law.sizes) - s.centre_params, np.log(law.tokens) - s.centre_tokens
+    uf, vf = np.log(far[0]) - s.centre_params, np.log(far[1]) - s.centre_tokens
+    n = len(law.loss)
+    best = np.inf
+
+    def residuals(p: Floats) -> Floats:
+        E = value - np.exp(p[0] - p[2] * uf) - np.exp(p[1] - p[3] * vf)
+        L = max(E, 0.0) + np.exp(p[0] - p[2] * u) + np.exp(p[1] - p[3] * v)
+        return np.asarray(np.append(np.log(L) - np.log(law.loss), 1e3 * max(0.0, -E)))
+
+    low, high = s.lower[1:], s.upper[1:]
+    for shift in ([0, 0, 0, 0], [0.3, -0.1, -0.02, 0.02], [-0.3, 0.1, 0.02, -0.02], [0.6, 0, -0.03, 0]):
+        start = np.clip(law.theta[1:] + np.array(shift), low + 1e-6, high - 1e-6)
+        end = least_squares(residuals, start, bounds=(low, high), x_scale="jac", xtol=1e-14, ftol=1e-14)
+        best = min(best, 2 * float(end.cost))
+    allowed = 2 * law.objective * (1 + t.ppf(0.975, n - 5) ** 2 / (n - 5))
+    return best / allowed - 1
+
+
+def test_a_new_run_scatters_as_runs_do_not_as_points() -> None:
+    """Runs' own errors are few and partly fitted away; n − P would take 52 points for witnesses."""
+    rng = np.random.default_rng(4)
+    run = np.repeat(np.arange(13), 4)
+    widths = []
+    for _ in range(40):
+        noise = 0.003 * rng.normal(size=13)[run] + 0.0005 * rng.normal(size=52)
+        law = fit_parametric(N, D, TRUTH * np.exp(noise), "squared", groups=run)
+        interval = law.uncertainty
+        assert isinstance(interval, ProfileSurface)
+        assert interval.clusters is not None
+        widths.append(interval.rss / interval.clusters.left)
+        assert interval.clusters.noise_freedom < 13
+    # The mean of σ̂² over studies: unbiased but for what the estimate of ρ costs.
+    assert np.mean(widths) == pytest.approx(0.003**2 + 0.0005**2, rel=0.15)

@@ -258,3 +258,44 @@ def test_bounds_of_beta_beyond_floats_are_kept_as_logs() -> None:
     assert found["log_beta"][0] < -700
     assert np.isfinite(found["log_beta"]).all()
     assert found["beta"][0] == pytest.approx(np.exp(found["log_beta"][0]))
+
+
+def test_a_numpy_bool_is_a_bool() -> None:
+    """np.True_ as a number would be a fixed offset of 1 nat."""
+    y = 2 + (1e-5 * N) ** -0.2
+    assert fit_power_law(N, y, offset=np.True_).kind == "free"  # type: ignore[arg-type]
+    assert fit_power_law(N, y, offset=np.False_).kind == "none"  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("delta", [0.0, -1e-3, float("nan"), float("inf")])
+def test_a_delta_that_is_no_width_is_refused(delta: float) -> None:
+    with pytest.raises(DataError, match="delta must be a positive number"):
+        fit_power_law(N, N**-0.1, loss_fn="huber", delta=delta)
+
+
+def test_an_unknown_loss_is_refused() -> None:
+    with pytest.raises(DataError, match="expected 'squared' or 'huber', got 'squares'"):
+        fit_power_law(N, N**-0.1, loss_fn="squares")  # type: ignore[arg-type]
+
+
+def test_text_among_the_numbers_is_refused() -> None:
+    with pytest.raises(DataError, match="y: expected numbers"):
+        fit_power_law(N, ["a"] * len(N))
+
+
+def test_the_law_has_no_value_at_nothing() -> None:
+    law = fit_power_law(N, N**-0.1)
+    with pytest.raises(DataError, match="x: must be positive"):
+        law.value([-1.0, 2.0])
+    assert law.value(np.array([[1.0, 2.0]])).shape == (1, 2)
+
+
+def test_a_new_run_is_never_surer_than_the_law() -> None:
+    """Far out, with few sizes, the law's own band is not linearised and may be the wider one."""
+    x = N[:5]
+    for seed in range(12):
+        y = (2 + (1e-5 * x) ** -0.15) * np.exp(0.01 * np.random.default_rng(seed).normal(size=5))
+        law = fit_power_law(x, y, offset=True)
+        mean, run = (law.predict([100 * x[-1]], observation=o) for o in (False, True))
+        assert run.low[0] <= mean.low[0]
+        assert mean.high[0] <= run.high[0]
