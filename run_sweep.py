@@ -327,10 +327,10 @@ def _resolve(data: DataConfig) -> DataConfig:
     return resolve(data)
 
 
-def _check_data(data: DataConfig) -> None:
+def _check_data(data: DataConfig) -> str:
     from scaling.data.sources import open_source
 
-    open_source(data)
+    return open_source(data).fingerprint()
 
 
 def _report(sweep: Path, show: bool) -> None:

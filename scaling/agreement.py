@@ -1,4 +1,4 @@
-"""Several processes agree on when to checkpoint and when to leave, at little cost.
+"""Several processes agree on where to go on from, when to checkpoint and when to leave, at little cost.
 
 - A signal reaches the processes at different steps, and clocks differ. All must leave after the same
   step, or one waits for the others for ever: so they ask each other, and an answer is everybody's.
@@ -6,14 +6,20 @@
   waiting, which kills what has not left in 30 seconds. So they ask about every two seconds: the main
   process measures how long a step takes, and what it found travels with the answer. Every process
   then computes the same step to ask at next.
+- Each process reads the checkpoint for itself, and a file system may show an older state of the folder to one
+  machine than to another. Processes that go on from different steps would train on without a word, so they
+  compare first.
 """
 
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+
+from scaling.records import RecordsError
 
 AGREE_SECONDS = 2.0
 MOST_STEPS = 100
@@ -23,6 +29,22 @@ MOST_STEPS = 100
 def steps_until_next(seconds_per_step: float) -> int:
     """Steps until the processes ask again: two seconds' worth, from 1 to ``MOST_STEPS``."""
     return max(1, int(min(MOST_STEPS, AGREE_SECONDS / max(seconds_per_step, 1e-9))))
+
+
+def same_start(accelerator: Accelerator, checkpoints: Path, step: int) -> None:
+    """Every process calls it with the step of the checkpoint that it has found (0: none), before it goes on.
+
+    Raises:
+        RecordsError: (in all of them) they have found different ones.
+    """
+    mine = torch.tensor([step], device=accelerator.device)
+    found = accelerator.gather(mine).tolist()
+    if len(set(found)) > 1:
+        raise RecordsError(
+            f"{checkpoints}: the processes go on from different checkpoints (steps "
+            f"{', '.join(map(str, found))} by process): not all see the folder alike, or one is damaged; "
+            "start again, or remove the newest checkpoint"
+        )
 
 
 class Agreement:

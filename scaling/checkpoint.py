@@ -6,7 +6,9 @@
 
 Design choices
 - A checkpoint is written aside, flushed to the disk, and renamed: a folder named ``step-…`` is whole.
-- Checksums are verified on load; a damaged checkpoint is named in a warning and the one before it used.
+- Checksums are verified on load; a damaged checkpoint is named in a warning and the one before it used. A
+  checkpoint that the system cannot read now (a stale handle of a shared folder) is not damaged but an error:
+  passing over it would lose its steps, and processes that read the others' folder would go on from there.
 - Optimiser state travels as named tensors (``exp_avg/<parameter>``), never as pickle.
 - A tensor is read when it is asked for and copied straight to where it belongs, so that loading takes
   the memory of one tensor beside the model's, in each of the processes that load at once.
@@ -120,6 +122,9 @@ def load_checkpoint(folder: str | Path) -> Checkpoint | None:
     """The newest undamaged checkpoint of a folder, or None when there is none.
 
     Every damaged one that is passed over is named in a warning of the log.
+
+    Raises:
+        RecordsError: the system could not read one; it may well be sound.
     """
     for path in reversed(_checkpoints(Path(folder))):
         try:
@@ -257,5 +262,10 @@ def _read(path: Path) -> Checkpoint:
             if name.endswith(".safetensors")
         }
         return Checkpoint(step, tensors, read_json(path / "state.json"))
-    except (OSError, RecordsError, SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (FileNotFoundError, RecordsError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise _DamagedError(str(error)) from None
+    except OSError as error:
+        raise RecordsError(
+            f"{path}: the checkpoint could not be read ({error}); start again, or remove it to go on from "
+            "the one before"
+        ) from error

@@ -61,7 +61,8 @@ class Interrupted(Exception):  # noqa: N818 - leaving when asked is no error
 class JobProcess:
     """One process of a job in its run folder: status, heartbeat, lock and the wish to leave.
 
-    On entry the main process takes the folder's lock and sets status ``running`` with ``attempt`` + 1.
+    On entry the main process takes the folder's lock and sets status ``running`` with ``attempt`` + 1; a
+    failure to meet the others is recorded like any later one.
     On exit the status becomes ``done``, ``interrupted`` (after ``Interrupted`` or Ctrl-C) or ``failed``
     with ``error``, one line. Other processes record their failure only, in a file that the main process
     does not write; only the first failure counts, since the others follow from it.
@@ -109,13 +110,17 @@ class JobProcess:
 
     def __enter__(self) -> JobProcess:
         with contextlib.ExitStack() as stack:
-            if self.is_main:
-                stack.enter_context(self.folder.lock())
-                self.folder.set_status("running", attempt=self.folder.status().get("attempt", 0) + 1)
-            self._wait()
             for number in (signal.SIGTERM, signal.SIGINT):
                 previous = signal.signal(number, self._on_signal)
                 stack.callback(signal.signal, number, previous)
+            if self.is_main:
+                stack.enter_context(self.folder.lock())
+                self.folder.set_status("running", attempt=self.folder.status().get("attempt", 0) + 1)
+            try:
+                self._wait()
+            except Exception as error:
+                self._fail(error)
+                raise
             thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
             thread.start()
             stack.callback(thread.join)

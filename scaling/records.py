@@ -5,6 +5,7 @@
     <folder>/metrics.jsonl     one JSON object a line, appended; a torn last line is ignored
     <folder>/status.json       state, attempt, step, heartbeat, error; replaced atomically, by one process
     <folder>/failure.json      error and exit code of the process that failed first, in this attempt
+    <folder>/data.json         fingerprint of the images that a tokenizer or a token cache is made from
     <folder>/checkpoints/      step-<n>/ folders of safetensors and JSON (scaling.checkpoint)
 
 The same layout serves tokenizer runs, token caches and transformer runs. No torch.
@@ -68,10 +69,19 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> Any:
     """The file's value; ``RecordsError`` naming the file when it is missing or not JSON."""
+    missing = object()
+    value = _read_if_there(path, missing)
+    if value is missing:
+        raise RecordsError(f"{path}: no such file")
+    return value
+
+
+def _read_if_there(path: Path, otherwise: Any) -> Any:
+    """The file's value; asked for once, since another process may remove the file at any time."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise RecordsError(f"{path}: no such file") from None
+        return otherwise
     except json.JSONDecodeError as error:
         raise RecordsError(f"{path}: not valid JSON ({error})") from None
 
@@ -138,6 +148,38 @@ class RunFolder:
             raise RecordsError(f"{file}: expected a JSON object with {' and '.join(parts)} by part")
         return value
 
+    # -- images ------------------------------------------------------------------------------
+
+    def claim_data(self, fingerprint: str) -> None:
+        """Record, in ``data.json``, the fingerprint of the images that this folder is made from.
+
+        Raises:
+            RecordsError: as ``check_data``.
+        """
+        self.check_data(fingerprint)
+        write_json(self.path / "data.json", {"fingerprint": fingerprint})
+
+    def check_data(self, fingerprint: str) -> None:
+        """Compare with what was claimed; a folder without a claim agrees with any images.
+
+        Where images lie is no part of a config, so other images with equal counts have the same folder.
+
+        Raises:
+            RecordsError: the folder is made from other images.
+        """
+        file = self.path / "data.json"
+        if file.exists() and read_json(file).get("fingerprint") != fingerprint:
+            raise RecordsError(
+                f"{self.path} was made from other images (their fingerprint differs); give these a name of "
+                "their own with --data.name NAME, or move that folder away to make it again"
+            )
+
+    def unreadable(self) -> dict[str, int]:
+        """Images of each split that a token cache had to skip; none named for a split without any."""
+        file = self.path / "manifest.json"
+        splits = read_json(file).get("splits", {}) if file.exists() else {}
+        return {name: len(split["skipped"]) for name, split in splits.items() if split["skipped"]}
+
     # -- metrics -----------------------------------------------------------------------------
 
     def append(self, record: dict[str, Any]) -> None:
@@ -201,13 +243,12 @@ class RunFolder:
         After a failure the state is ``failed``, with the ``error`` and ``exit_code`` of the process that
         failed first, whatever the others went on to write.
         """
-        return self._own_status() | (read_json(self._failure) if self._failure.exists() else {})
+        failure = _read_if_there(self._failure, {})  # before the rest: it may be forgotten at this moment
+        return self._own_status() | failure
 
     def _own_status(self) -> dict[str, Any]:
         file = self.path / "status.json"
-        if not file.exists():
-            return {"state": "waiting", "attempt": 0}
-        value = read_json(file)
+        value = _read_if_there(file, {"state": "waiting", "attempt": 0})
         if not isinstance(value, dict) or value.get("state") not in STATES:
             raise RecordsError(f"{file}: expected a JSON object with a state of {', '.join(STATES)}")
         return value

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from scaling import flops
-from scaling.agreement import Agreement
+from scaling.agreement import Agreement, same_start
 from scaling.checkpoint import (
     load_checkpoint,
     optimizer_tensors,
@@ -157,8 +157,10 @@ class State:
 
         Raises:
             ConfigError: the checkpoint was trained on tokens of another tokenizer.
+            RecordsError: it could not be read, or another process has found another one.
         """
         checkpoint = load_checkpoint(folder.checkpoints)
+        same_start(self.accelerator, folder.checkpoints, checkpoint.step if checkpoint else 0)
         if checkpoint is None:
             return 0
         trained_on = checkpoint.state["tokenizer"]

@@ -5,11 +5,14 @@
   shared by several machines is no trouble: every speed is kept under its device's name.
 - Every job that ran from start to end in one go leaves one entry in place of the last one of its kind: a run
   its FLOP/s while training, and the seconds beside training and evaluating (starting, saving, sampling); a
-  tokenizer or token job its images per second. Evaluation is taken to run at training's FLOP/s.
+  tokenizer or token job its images per second, and the seconds beside. Evaluation is taken to run at
+  training's FLOP/s. A job too short for a sound speed (few log points) replaces no better one.
 - An estimate takes entries of the same device, threads, processes and precision. A depth that was finished
   here gives its own speed. Any other depth is told by its FLOPs: at a speed between those of the nearest
   depths on either side (a power law through both), or at the speed of the nearest one when all lie on one
   side. Without entries there is no estimate.
+- What else decides a speed (``Settings``) is kept in the entry and is no part of its key: from an entry of
+  other settings there still is an estimate, and it says so.
 """
 
 from __future__ import annotations
@@ -32,12 +35,29 @@ from scaling.config import (
     to_dict,
 )
 from scaling.flops import train_flops
-from scaling.records import RecordsError, RunFolder, read_json, write_json
+from scaling.records import RecordsError, RunFolder, finite, read_json, write_json
 from sweeps.machine import Allotment, Machine
 
 FILE = "calibration.json"
 FORWARD = 1 / 3
 """Share of a training step's FLOPs that an evaluation needs."""
+LOG_POINTS = 5
+"""A speed from fewer lines than this is kept only for want of a better one."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides a job's speed beside what an entry is found by."""
+
+    batch: int = 0
+    """Images per step; 0 where there are no steps."""
+    micro_batch: int = 0
+    """Images per forward pass and process."""
+    compile: bool = False
+    attention: str = ""
+    runs_at_once: int = 1
+    lpips: bool = False
+    adversarial: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,6 +75,10 @@ class RunSpeed:
     flops_per_second: float
     """All processes together."""
     other_seconds: float
+    points: int = 0
+    """Lines of the log that the speed is the median of."""
+    settings: Settings | None = None
+    """Not known of entries from before they were kept."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +92,9 @@ class ImageSpeed:
     precision: str
     shape: tuple[int, ...]
     images_per_second: float
+    other_seconds: float = 0.0
+    points: int = 0
+    settings: Settings | None = None
 
 
 @dataclass(frozen=True)
@@ -78,7 +105,9 @@ class Estimate:
     depths: tuple[int, ...] = ()
     """Depths of the finished runs whose speed was used; none for tokenizer and tokens."""
     measured: bool = True
-    """Whether a job of just this kind (of a run: its depth and tokens per image) was finished here."""
+    """Whether a job of just this kind (of a run: its depth and tokens per image) with these settings was
+    finished here."""
+    same_settings: bool = True
 
 
 @dataclass(frozen=True)
@@ -110,19 +139,21 @@ class Calibration:
         other = (1 - share) * low.other_seconds + share * high.other_seconds
         seconds = run_flops(run) / speed + other
         depths = tuple(sorted({low.depth, high.depth}))
-        return Estimate(seconds, depths, depths == (depth,) and nearest == length)
+        same = {low.settings, high.settings} == {run_settings(run, allotment, launch)}
+        return Estimate(seconds, depths, depths == (depth,) and nearest == length and same, same)
 
     def image_job(
-        self, job: str, config: TokenizerRunConfig, machine: Machine, threads: int, processes: int
+        self, job: str, config: TokenizerRunConfig, machine: Machine, threads: int, launch: LaunchConfig
     ) -> Estimate | None:
         """Expected time of a tokenizer or token job, or None when its shape was never measured."""
-        key = (job, machine.name, threads, processes, image_precision(job, config), image_shape(config))
-        speeds = [
-            i.images_per_second
-            for i in self.images
-            if (i.job, i.device, i.threads, i.processes, i.precision, i.shape) == key
-        ]
-        return Estimate(job_images(job, config) / speeds[0]) if speeds else None
+        precision, shape = image_precision(job, config), image_shape(config)
+        key = (job, machine.name, threads, launch.processes, precision, shape)
+        for known in self.images:
+            if (known.job, known.device, known.threads, known.processes, known.precision, known.shape) == key:
+                seconds = job_images(job, config) / known.images_per_second + known.other_seconds
+                same = known.settings == image_settings(job, config, launch)
+                return Estimate(seconds, (), same, same)
+        return None
 
 
 def speeds_file() -> Path:
@@ -151,17 +182,24 @@ def load() -> Calibration:
 
 
 def add(speed: RunSpeed | ImageSpeed) -> None:
-    """Remember a speed in place of an older one of the same kind of job; several launchers may do so."""
+    """Remember a speed in place of an older one of the same kind of job; several launchers may do so.
+
+    A speed from few log points does not replace one from more.
+    """
 
     def kind(entry: RunSpeed | ImageSpeed) -> tuple[Any, ...]:
-        measured = ("flops_per_second", "other_seconds", "images_per_second")
-        return tuple(v for k, v in vars(entry).items() if k not in measured)
+        measured = ("flops_per_second", "other_seconds", "images_per_second", "points", "settings")
+        return (type(entry), *(v for k, v in vars(entry).items() if k not in measured))
 
     file = speeds_file()
     file.parent.mkdir(parents=True, exist_ok=True)
     with (file.parent / ".lock").open("a+") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         known = load()
+        entries: list[RunSpeed | ImageSpeed] = [*known.runs, *known.images]
+        alike = [old for old in entries if kind(old) == kind(speed)]
+        if speed.points < LOG_POINTS and any(old.points > speed.points for old in alike):
+            return
         if isinstance(speed, RunSpeed):
             known = Calibration((*(r for r in known.runs if kind(r) != kind(speed)), speed), known.images)
         else:
@@ -178,7 +216,7 @@ def measure_run(
     seconds: float,
 ) -> RunSpeed | None:
     """The speed of a run that took ``seconds`` from start to end; None when it logged no speed."""
-    logged = [r["images_per_second"] for r in folder.metrics("train") if r.get("images_per_second", 0) > 0]
+    logged = logged_speeds(folder)
     if not logged:
         return None
     speed = statistics.median(logged) * train_flops(run.model)
@@ -192,7 +230,75 @@ def measure_run(
         run.model.seq_len,
         speed,
         max(0.0, seconds - run_flops(run) / speed),
+        len(logged),
+        run_settings(run, allotment, launch),
     )
+
+
+def measure_images(
+    job: Literal["tokenizer", "tokens"],
+    folder: RunFolder,
+    config: TokenizerRunConfig,
+    machine: Machine,
+    threads: int,
+    launch: LaunchConfig,
+    seconds: float,
+) -> ImageSpeed | None:
+    """The speed of a tokenizer or token job that took ``seconds`` from start to end; None when it told none.
+
+    A token job logs no lines; it tells one speed of all its images at the end.
+    """
+    logged = logged_speeds(folder)
+    speed = statistics.median(logged) if logged else folder.status().get("images_per_second")
+    if speed is None or not speed > 0:
+        return None
+    return ImageSpeed(
+        job,
+        machine.name,
+        threads,
+        launch.processes,
+        image_precision(job, config),
+        image_shape(config),
+        speed,
+        max(0.0, seconds - job_images(job, config) / speed),
+        len(logged),
+        image_settings(job, config, launch),
+    )
+
+
+def logged_speeds(folder: RunFolder) -> list[float]:
+    """Images per second of every line of training."""
+    found = [r.get("images_per_second") for r in folder.metrics("train")]
+    return [speed for speed in found if speed is not None and finite(speed) and speed > 0]
+
+
+def run_settings(run: RunConfig, allotment: Allotment, launch: LaunchConfig) -> Settings:
+    """Of a run."""
+    return Settings(
+        run.train.batch,
+        _micro_batch(run.train.batch, launch.machines * launch.processes, launch),
+        launch.compile,
+        launch.attention,
+        len(allotment.slots),
+    )
+
+
+def image_settings(job: str, config: TokenizerRunConfig, launch: LaunchConfig) -> Settings:
+    """Of a tokenizer or token job. The encoder's batch follows from the resolution."""
+    train = config.train
+    if job == "tokens":
+        return Settings()
+    return Settings(
+        train.batch,
+        _micro_batch(train.batch, launch.processes, launch),
+        lpips=train.lpips_weights is not None and train.perceptual > 0,
+        adversarial=train.adversarial.weight > 0,
+    )
+
+
+def _micro_batch(batch: int, processes: int, launch: LaunchConfig) -> int:
+    share = -(-batch // processes)
+    return min(launch.micro_batch or share, share)
 
 
 def run_flops(run: RunConfig) -> float:

@@ -6,10 +6,9 @@ imports none of it.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,8 +27,8 @@ from sweeps.scheduler import JobState, Result, Scheduler
 from sweeps.tables import plan_notes, plan_table, read_sweep, size, status_table, sweep_folders
 
 Resolve = Callable[[DataConfig], DataConfig]
-CheckData = Callable[[DataConfig], object]
-"""Raises ``ConfigError`` when the data is not there."""
+CheckData = Callable[[DataConfig], str]
+"""The images' fingerprint; raises ``ConfigError`` when they are not there."""
 WIDEST = 200
 
 
@@ -48,7 +47,7 @@ def plan(recipe: Recipe, root: Path, resolve: Resolve) -> Plan:
     Raises:
         ConfigError: the data is needed for that and is not there; the recipe does not fit it or the machine.
     """
-    return make_plan(recipe, resolve(recipe.data), root, this_machine())
+    return make_plan(recipe, resolve(recipe.data), root, this_machine(recipe.launch.device))
 
 
 def show_plan(made: Plan, as_json: bool, check_data: CheckData) -> int:
@@ -78,16 +77,16 @@ def launch(made: Plan, jobs: Sequence[Job], check_data: CheckData) -> Result:
     """Print the plan, then do what is missing of ``jobs``, under one display.
 
     Args:
-        check_data: asked while images are still needed.
+        check_data: asked for the images; they may be gone once the tokens are there.
 
     Raises:
         ConfigError: no data.
-        RecordsError: a folder holds another config. Nothing has been started then.
+        RecordsError: a folder holds another config, or is made from other images. Nothing has been
+            started or written then.
     """
     out = console()
     _print_plan(made, out)
-    if any(job.state != "done" for job in made.jobs[:2]):
-        check_data(made.data)
+    _check_images(made, check_data)
     made.write()
     jobs = recheck_tokens(jobs)
     display = Progress(out, len(made.allotment.slots))
@@ -97,9 +96,10 @@ def launch(made: Plan, jobs: Sequence[Job], check_data: CheckData) -> Result:
     if all(state.phase == "done" for state in scheduler.states):
         out.print("everything is done already; nothing to train")
         return Result(tuple(scheduler.states), interrupted=False)
-    with display, _led(made, scheduler, out):
-        result = scheduler.run()
+    with display:
+        result = _lead(made, scheduler, out)
     _tell(result, out)
+    _tell_unreadable(made, out)
     return result
 
 
@@ -120,13 +120,11 @@ def follow(made: Plan) -> int:
     ).run()
 
 
-@contextlib.contextmanager
-def _led(made: Plan, scheduler: Scheduler, out: Console) -> Iterator[None]:
-    """While the scheduler runs, the other machines that share its runs, if there are any, are led by it."""
+def _lead(made: Plan, scheduler: Scheduler, out: Console) -> Result:
+    """Run the scheduler, and lead the other machines that share its runs meanwhile, if there are any."""
     machines = made.recipe.launch.machines
-    if machines == 1:
-        yield
-        return
+    if machines == 1 or not any(state.job.kind == "run" for state in scheduler.states):
+        return scheduler.run()
     leader = Leader(made.folders.sweep, machines, lambda text: _say(out, text))
     show, code = scheduler.on_tick, 1
 
@@ -136,8 +134,9 @@ def _led(made: Plan, scheduler: Scheduler, out: Console) -> Iterator[None]:
 
     scheduler.on_tick, scheduler.ready = tick, leader.ready
     try:
-        yield
-        code = Result(tuple(scheduler.states), interrupted=False).exit_code
+        result = scheduler.run()
+        code = result.exit_code
+        return result
     finally:
         leader.end(code)
 
@@ -184,33 +183,40 @@ def finished_run(sweep: Path, depth: int) -> tuple[RunFolder, Path]:
 
 def _calibrate(made: Plan, state: JobState, out: Console) -> None:
     """Remember the speed of a job that ran from start to end in one go."""
-    job, launch_config = state.job, made.recipe.launch
+    job, launch_config, machine = state.job, made.recipe.launch, made.machine
     if not state.from_scratch or state.seconds <= 0:
         return
     speed: calibration.RunSpeed | calibration.ImageSpeed | None
-    if job.kind == "run":
-        assert job.config is not None
-        speed = calibration.measure_run(
-            job.folder, job.config, made.machine, made.allotment, launch_config, state.seconds
-        )
-    else:
-        stage = made.tokenizer_run
-        images = calibration.job_images(job.kind, stage)
-        speed = calibration.ImageSpeed(
-            job.kind,
-            made.machine.name,
-            stage_threads(launch_config, made.machine),
-            launch_config.processes,
-            calibration.image_precision(job.kind, stage),
-            calibration.image_shape(stage),
-            images / state.seconds,
-        )
-    if speed is None:
-        return
     try:
-        calibration.add(speed)
-    except (OSError, RecordsError) as error:  # a home that cannot be written must not end a sweep
+        if job.kind == "run":
+            assert job.config is not None
+            speed = calibration.measure_run(
+                job.folder, job.config, machine, made.allotment, launch_config, state.seconds
+            )
+        else:
+            threads = stage_threads(launch_config, machine)
+            speed = calibration.measure_images(
+                job.kind, job.folder, made.tokenizer_run, machine, threads, launch_config, state.seconds
+            )
+        if speed is not None:
+            calibration.add(speed)
+    except (OSError, RecordsError) as error:  # records that cannot be read, a home that cannot be written
         _say(out, f"note: this speed is not remembered: {error}")
+
+
+def _check_images(made: Plan, check_data: CheckData) -> None:
+    stages = made.jobs[:2]
+    needed = any(job.state != "done" for job in stages)
+    if not needed and made.data.source == "hf":
+        return  # its fingerprint is the name and the counts, which the config has
+    try:
+        fingerprint = check_data(made.data)
+    except ConfigError:
+        if needed:
+            raise
+        return
+    for job in stages:
+        job.folder.check_data(fingerprint)
 
 
 def _missing_data(made: Plan, check_data: CheckData) -> str | None:
@@ -252,7 +258,6 @@ def _warnings(made: Plan) -> list[str]:
 
 def _tell(result: Result, out: Console) -> None:
     """What did not work, why, and where to read more; what to do next."""
-
     if result.interrupted:
         _say(out, "stopped; the same command goes on from the last checkpoints")
         return
@@ -265,6 +270,14 @@ def _tell(result: Result, out: Console) -> None:
     if result.missing:
         names = ", ".join(state.job.name for state in result.missing)
         _say(out, f"\nmissing: {names}; the same command tries again and goes on from what is there")
+
+
+def _tell_unreadable(made: Plan, out: Console) -> None:
+    tokens = RunFolder(made.folders.tokens)
+    for split, count in tokens.unreadable().items():
+        _say(
+            out, f"note: {count} unreadable {split} images were skipped; {tokens.path / 'log.txt'} names them"
+        )
 
 
 def _say(out: Console, text: str, style: str = "") -> None:

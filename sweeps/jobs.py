@@ -12,7 +12,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -181,6 +184,26 @@ def process_environment(launch: LaunchConfig, threads: int) -> dict[str, str]:
     # spin halve the speed of small convolutions on a quiet machine. In between (docs/LOG.md).
     environment["GOMP_SPINCOUNT"] = os.environ.get("GOMP_SPINCOUNT", "10000")
     return environment
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """End a job now, with all that it has started: torchrun gives its processes sessions of their own, which
+    a signal to the job's process group does not reach."""
+    for pid in _started_by(process.pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def _started_by(pid: int) -> list[int]:
+    """Its children and theirs (Linux; elsewhere none is found)."""
+    found = []
+    for file in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # it has just ended
+            for child in map(int, file.read_text().split()):
+                found += [*_started_by(child), child]
+    return found
 
 
 def prepare(folder: RunFolder, config: RunConfig | TokenizerRunConfig) -> None:

@@ -2,6 +2,8 @@
 
 - Counted without torch: cores from the affinity mask and the cgroup, memory from the system and the
   cgroup, GPUs from ``CUDA_VISIBLE_DEVICES`` or ``nvidia-smi -L``.
+- A speed is remembered under the model of the device that is used: the CPU's when a recipe asks for the CPU
+  on a machine with GPUs, else that of the first *visible* GPU, and of a MIG slice with its size.
 - The division depends on the sweep and the machine alone, never on what is left to do or on what else
   runs, so that a run gets the same number of threads, hence the same bits, when a sweep is resumed.
 """
@@ -48,9 +50,9 @@ class Allotment:
     """CPU threads per process."""
 
 
-def this_machine() -> Machine:
-    """The machine that this process may use."""
-    gpus, gpu_name = _gpus()
+def this_machine(device: str) -> Machine:
+    """The machine that this process may use; ``device`` (``launch.device``) "cpu" is one without GPUs."""
+    gpus, gpu_name = ((), "") if device == "cpu" else _gpus()
     return Machine(gpu_name or _cpu_name(), _cores(), _memory(), gpus)
 
 
@@ -121,17 +123,32 @@ def _cgroup(name: str) -> str:
 
 
 def _gpus() -> tuple[tuple[str, ...], str]:
-    """Identifiers and the first one's model; MIG slices count as GPUs, by their UUIDs."""
+    """Identifiers of the visible ones and the first one's model; MIG slices count as GPUs, by their UUIDs."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if shutil.which("nvidia-smi") is None or (visible is not None and visible.strip() in ("", "-1")):
         return (), ""
     listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
-    models = re.findall(r"^GPU (\d+): (.+?) \(UUID", listing, re.MULTILINE)
-    slices = re.findall(r"^\s+MIG .*\(UUID: (MIG-[^)]+)\)", listing, re.MULTILINE)
-    name = models[0][1] if models else ""
-    if visible is not None:
-        return tuple(v.strip() for v in visible.split(",")), name
-    return tuple(slices or [index for index, _ in models]), name
+    models: dict[str, str] = {}  # by number and by UUID
+    numbers, slices, model = list[str](), list[str](), ""
+    for line in listing.splitlines():
+        if gpu := re.match(r"GPU (\d+): (.+?) \(UUID: ([^)]+)\)", line):
+            number, model, uuid = gpu.groups()
+            numbers.append(number)
+            models |= {number: model, uuid: model}
+        elif part := re.match(r"\s+MIG (\S+) .*\(UUID: (MIG-[^)]+)\)", line):
+            slices.append(part[2])
+            models[part[2]] = f"{model} MIG {part[1]}"
+    if visible is None:
+        gpus = tuple(slices or numbers)
+    else:
+        gpus = tuple(v.strip() for v in visible.split(","))
+    # A UUID may be given by its beginning.
+    name = next((m for known, m in models.items() if gpus and _names(gpus[0], known)), "")
+    return gpus, name or (f"GPU {gpus[0]}" if gpus else "")
+
+
+def _names(given: str, known: str) -> bool:
+    return given == known or (not given.isdigit() and known.startswith(given))
 
 
 def _cpu_name() -> str:

@@ -9,6 +9,8 @@
   left behind never changes and is never believed.
 - A turn is called only when every follower is there and has nothing running. A follower that joins late
   (it was started again) takes part in the turn that is open.
+- Each machine's place is locked for as long as its launcher lives: a second one on the same machine (a second
+  leader would seem to close the first one's turn) is refused.
 - A follower knows its runs from its own plan and takes nothing but a folder's name from the file.
 """
 
@@ -24,10 +26,11 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from scaling.records import RecordsError, read_json, write_json
-from sweeps.jobs import Job
+from sweeps.jobs import Job, kill
+from sweeps.scheduler import claim
 
 FOLDER = "machines"
 BEAT_SECONDS = 1.0
@@ -37,7 +40,9 @@ SILENT_SECONDS = 300.0
 """A follower that has heard nothing from machine 0 for this long gives up. File systems may show a file's
 change to another machine as late as a minute after."""
 GRACE_SECONDS = 60.0
-"""How long processes may take to leave once their turn is over or they were asked to."""
+"""How long processes may take to leave by themselves once their turn is over."""
+KILL_SECONDS = 40.0
+"""From SIGTERM to SIGKILL. torchrun itself kills what has not left 30 seconds after its own SIGTERM."""
 TICK_SECONDS = 0.5
 
 
@@ -48,19 +53,29 @@ class Sign:
     file: Path
     facts: dict[str, Any] = field(default_factory=dict)
     _beat: int = 0
-    _written: float = 0.0
+    _tried: float = 0.0
+    _written: float = field(default_factory=time.monotonic)
 
     def show(self, **facts: Any) -> None:
         """Write these facts now."""
         self.facts = facts
         self._beat += 1
-        self._written = time.monotonic()
+        self._tried = time.monotonic()
         write_json(self.file, self.facts | {"beat": self._beat})
+        self._written = time.monotonic()
 
     def beat(self) -> None:
-        """Write again when it is time to."""
-        if time.monotonic() - self._written >= BEAT_SECONDS:
-            self.show(**self.facts)
+        """Write again when it is time to.
+
+        Raises:
+            OSError: it could not be written for as long as the other machines would believe it.
+        """
+        if time.monotonic() - self._tried >= BEAT_SECONDS:
+            try:
+                self.show(**self.facts)
+            except OSError:
+                if time.monotonic() - self._written > SILENT_SECONDS:
+                    raise
 
 
 @dataclass
@@ -93,9 +108,14 @@ class Watch:
 
 
 class Leader:
-    """Machine 0's part: ``ready`` before each run, ``tick`` all the time, ``end`` once."""
+    """Machine 0's part: ``ready`` before each run, ``tick`` all the time, ``end`` once.
+
+    Raises:
+        RecordsError: another launcher leads this sweep.
+    """
 
     def __init__(self, sweep: Path, machines: int, say: Callable[[str], None]) -> None:
+        self._place = take_place(sweep, 0)
         self._session = uuid.uuid4().hex
         self._turn, self._run = 0, ""
         self._sign = Sign(sweep / FOLDER / "0.json")
@@ -118,7 +138,10 @@ class Leader:
             if not (other.alive and other.facts["leader"] == self._session and not other.facts["busy"])
         ]
         if absent and absent != self._asked_for:
-            self._say(f"waiting for machine {', '.join(map(str, absent))} before {job.name}")
+            self._say(
+                f"waiting for machine {', '.join(map(str, absent))} before {job.name}: "
+                "start the same command there (again, if it has ended), or stop here with Ctrl-C"
+            )
         self._asked_for = absent
         if absent:
             return None
@@ -138,7 +161,8 @@ class Leader:
     def end(self, exit_code: int) -> None:
         """Send the others home."""
         self._run = ""
-        self._show(exit_code=exit_code)
+        with self._place:
+            self._show(exit_code=exit_code)
 
     def _show(self, **more: Any) -> None:
         self._sign.show(session=self._session, turn=self._turn, run=self._run, **more)
@@ -164,6 +188,7 @@ class Follower:
         self._joined: tuple[str, int] | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._over: float | None = None
+        self._asked: float | None = None
         self._signals: list[int] = []
 
     def run(self) -> int:
@@ -173,11 +198,12 @@ class Follower:
         the whole run is checkpointed and stops.
 
         Raises:
-            RecordsError: machine 0 has called a run that is not in this machine's plan.
+            RecordsError: machine 0 has called a run that is not in this machine's plan; another launcher
+                follows as this machine.
         """
-        began = time.monotonic()
-        self._say("waiting for machine 0 to call a run")
-        with self._handlers():
+        with take_place(self._sign.file.parent.parent, self._rank), self._handlers():
+            began = time.monotonic()
+            self._say("waiting for machine 0 to call a run")
             try:
                 while True:
                     self._leader.look()
@@ -187,7 +213,7 @@ class Follower:
                         return 130
                     elif all(job.state == "done" for job in self._jobs.values()):
                         return 0
-                    elif self._leader.alive and "exit_code" in self._leader.facts:
+                    elif self._leader.silent is not None and "exit_code" in self._leader.facts:
                         return int(self._leader.facts["exit_code"])
                     elif self._leader.alive and self._leader.facts["run"] and self._turn != self._joined:
                         self._join(str(self._leader.facts["run"]))
@@ -202,8 +228,7 @@ class Follower:
                     time.sleep(TICK_SECONDS)
             finally:
                 if self._process is not None:
-                    self._signal(signal.SIGKILL)
-                    self._process.wait()
+                    self._end_now(self._process)
 
     @property
     def _turn(self) -> tuple[str, int]:
@@ -235,7 +260,7 @@ class Follower:
                 env=environment,
                 start_new_session=True,
             )
-        self._over = None
+        self._over = self._asked = None
         self._say(f"joins {run}")
 
     def _mind(self) -> None:
@@ -248,17 +273,26 @@ class Follower:
             return
         lost = self._leader.silent is None or self._leader.silent > SILENT_SECONDS
         closed = self._turn != self._joined or not self._leader.facts["run"]
-        if self._over is None and (self._signals or lost or closed):
-            self._over = time.monotonic()
-            if self._signals:
-                self._signal(signal.SIGTERM)
-        elif self._over is not None and time.monotonic() - self._over > GRACE_SECONDS:
-            self._signal(signal.SIGKILL)
+        now = time.monotonic()
+        if not (lost or closed):
+            self._over = None
+        elif self._over is None:
+            self._over = now
+        if self._asked is not None:
+            if now - self._asked > KILL_SECONDS:
+                kill(self._process)
+        elif self._signals or (self._over is not None and now - self._over > GRACE_SECONDS):
+            self._asked = now
+            ask_to_leave(self._process)
 
-    def _signal(self, number: signal.Signals) -> None:
-        assert self._process is not None
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, number)
+    def _end_now(self, process: subprocess.Popen[bytes]) -> None:
+        if self._asked is None:
+            ask_to_leave(process)
+        try:
+            process.wait(KILL_SECONDS)
+        except subprocess.TimeoutExpired:
+            kill(process)
+            process.wait()
 
     @contextlib.contextmanager
     def _handlers(self) -> Iterator[None]:
@@ -269,6 +303,27 @@ class Follower:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def take_place(sweep: Path, rank: int) -> IO[str]:
+    """This machine's place among the machines of a sweep, until it is closed or the process ends.
+
+    Raises:
+        RecordsError: another launcher has it.
+    """
+    place = claim(sweep / FOLDER / f".{rank}")
+    if place is None:
+        raise RecordsError(
+            f"{sweep}: another launcher runs this sweep as machine {rank}; let it end, or give every machine "
+            "its own --launch.machine-rank"
+        )
+    return place
+
+
+def ask_to_leave(process: subprocess.Popen[bytes]) -> None:
+    """SIGTERM to the processes of a job, which torchrun passes on to its own."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
 
 
 def meeting_place(session: str, turn: int) -> dict[str, str]:

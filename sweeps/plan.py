@@ -179,7 +179,7 @@ def make_plan(recipe: Recipe, data: DataConfig, root: Path, machine: Machine) ->
     threads = stage_threads(launch, machine)
     jobs, estimates = tokenizer_jobs(folders, launch, threads), list[Estimate | None]()
     for index, job in enumerate(jobs):
-        found = calibration.image_job(job.kind, tokenizer, machine, threads, launch.processes)
+        found = calibration.image_job(job.kind, tokenizer, machine, threads, launch)
         estimates.append(found)
         jobs[index] = dataclasses.replace(job, seconds=found.seconds if found else None)
     runs = []

@@ -27,7 +27,7 @@ from types import FrameType
 from typing import IO, Literal
 
 from scaling.records import write_json
-from sweeps.jobs import Job
+from sweeps.jobs import Job, kill
 
 Phase = Literal["waiting", "running", "elsewhere", "done", "failed", "interrupted", "blocked"]
 ENDED = ("done", "failed", "interrupted", "blocked")
@@ -58,6 +58,8 @@ class JobState:
     slot: int | None = None
     process: subprocess.Popen[bytes] | None = None
     claim: IO[str] | None = None
+    prepared: bool = False
+    """Whether ``launch.json`` was written: once, however long the job then waits for other machines."""
     log_start: int = 0
 
     @property
@@ -173,7 +175,7 @@ class Scheduler:
         if not free:
             return
         if state.claim is None:
-            state.claim = _claim(state.job.folder.path / ".launcher")
+            state.claim = claim(state.job.folder.path / ".launcher")
         if state.claim is None or state.job.folder.busy():
             state.phase = "elsewhere"
         elif state.phase == "elsewhere" and recorded == "failed":
@@ -184,7 +186,9 @@ class Scheduler:
 
     def _start(self, state: JobState, slot: int) -> None:
         job = state.job
-        write_json(job.folder.path / "launch.json", job.launch)  # before other machines are called
+        if not state.prepared:
+            write_json(job.folder.path / "launch.json", job.launch)  # before other machines are called
+            state.prepared = True
         more = self.ready(job)
         if more is None:
             return
@@ -275,19 +279,22 @@ class Scheduler:
 
     def _stop(self) -> None:
         """Ask once; a signal clearly later than the first one (no echo of it) kills."""
-        again = self._signals[-1] - self._signals[0] > SAME_SIGNAL_SECONDS
-        if again or not self._stopping:
-            self._signal_all(signal.SIGKILL if again else signal.SIGTERM)
+        if self._signals[-1] - self._signals[0] > SAME_SIGNAL_SECONDS:
+            for state in self.states:
+                if state.process is not None:
+                    kill(state.process)
+        elif not self._stopping:
+            self._ask_all_to_leave()
         self._stopping = True
 
-    def _signal_all(self, number: signal.Signals) -> None:
+    def _ask_all_to_leave(self) -> None:
         for state in self.states:
             if state.process is not None:
                 with contextlib.suppress(ProcessLookupError):
-                    os.killpg(state.process.pid, number)
+                    os.killpg(state.process.pid, signal.SIGTERM)
 
     def _leave_nothing_behind(self) -> None:
-        self._signal_all(signal.SIGTERM)
+        self._ask_all_to_leave()
         for state in self.states:
             if state.process is not None:
                 state.process.wait()
@@ -295,7 +302,7 @@ class Scheduler:
                 state.claim.close()
 
 
-def _claim(file: Path) -> IO[str] | None:
+def claim(file: Path) -> IO[str] | None:
     """An open, locked file, or None when another launcher has it; the system frees it on any death."""
     file.parent.mkdir(parents=True, exist_ok=True)
     handle = file.open("a+")

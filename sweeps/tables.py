@@ -147,6 +147,7 @@ def _memory_note(plan: Plan) -> str:
 def _time_note(plan: Plan) -> str:
     """Which rows were measured, which are told by their FLOPs and from what, and which are unknown."""
     pairs = list(zip(plan.runs, plan.estimates[2:], strict=True))
+    stages = list(zip(plan.jobs[:2], plan.estimates[:2], strict=True))
     measured = [run for run, found in pairs if found and found.measured]
     near = [(run, found) for run, found in pairs if found and not found.measured]
     parts = []
@@ -160,9 +161,20 @@ def _time_note(plan: Plan) -> str:
             f"~ {_depths([run for run, _ in near])} by FLOPs, from the speed of "
             f"{_several(len(used), 'finished run')} ({_listed(used)})"
         )
-    stages = [job.name for job, found in zip(plan.jobs[:2], plan.estimates[:2], strict=True) if found is None]
-    if stages:
-        parts.append(f"unknown for {' and '.join(stages)}: none of this shape has finished on this machine")
+    others = [run for run, found in near if not found.same_settings]
+    if others:
+        parts.append(
+            f"{_depths(others)} from runs with another batch, micro-batch, attention or number of runs at "
+            "once, or compiled otherwise"
+        )
+    changed = [job.name for job, found in stages if found and not found.measured]
+    if changed:
+        parts.append(
+            f"~ {' and '.join(changed)} from one with another batch or other losses, or of an unknown batch"
+        )
+    missing = [job.name for job, found in stages if found is None]
+    if missing:
+        parts.append(f"unknown for {' and '.join(missing)}: none of this shape has finished on this machine")
     unknown = [run for run, found in pairs if found is None]
     if unknown:
         launch = plan.recipe.launch

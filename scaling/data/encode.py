@@ -72,6 +72,9 @@ def encode_folder(folder: RunFolder, tokenizer_run: Path) -> None:
             raise RecordsError(
                 f"{tokenizer_run} holds another tokenizer than {folder.path / 'config.json'} says"
             )
+        source = open_source(config.data)
+        if state.is_main_process:
+            folder.claim_data(source.fingerprint())
         started = time.monotonic()
 
         def report(progress: Progress) -> None:
@@ -85,7 +88,7 @@ def encode_folder(folder: RunFolder, tokenizer_run: Path) -> None:
             config.data,
             config.tokenizer.scales,
             config.tokenizer.vocab,
-            open_source(config.data),
+            source,
             encoder(tokenizer, state.device),
             tokenizer.content_hash,
             batch=batch_size(config.data.resolution, state.device.type),

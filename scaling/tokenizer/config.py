@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -162,6 +163,17 @@ class TokenizerTrainConfig:
             f"tokenizer_train.autoencode_steps must be 0 to steps - 1, got {self.autoencode_steps}",
         )
         require(self.lr > 0, f"tokenizer_train.lr must be positive, got {self.lr}")
+        if self.lpips_sha256 is not None:
+            # It stands for the weights in the identity: alone it would name a tokenizer trained without them.
+            require(
+                self.lpips_weights is not None,
+                "tokenizer_train.lpips_sha256 is given without tokenizer_train.lpips_weights, the file",
+            )
+            object.__setattr__(self, "lpips_sha256", self.lpips_sha256.lower())
+            require(
+                re.fullmatch("[0-9a-f]{64}", self.lpips_sha256) is not None,
+                f"tokenizer_train.lpips_sha256 must be 64 hexadecimal digits, got '{self.lpips_sha256}'",
+            )
 
     def resolved(self) -> TokenizerTrainConfig:
         """With the checksum of ``lpips_weights`` and its absolute path.

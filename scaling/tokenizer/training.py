@@ -29,7 +29,7 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor
 
-from scaling.agreement import Agreement
+from scaling.agreement import Agreement, same_start
 from scaling.checkpoint import load_checkpoint, save_checkpoint
 from scaling.config import ConfigError, LaunchConfig, TokenizerRunConfig, from_dict, identity, require
 from scaling.data.images import ImageSource
@@ -68,7 +68,10 @@ def main(arguments: list[str] | None = None) -> None:
         torch.backends.cudnn.allow_tf32 = False  # a token is an argmin: the same on every device
     try:
         with JobProcess(folder, accelerator.is_main_process, accelerator.wait_for_everyone) as job:
-            train_tokenizer(config, launch, folder, accelerator, job, open_source(config.data))
+            source = open_source(config.data)
+            if accelerator.is_main_process:
+                folder.claim_data(source.fingerprint())
+            train_tokenizer(config, launch, folder, accelerator, job, source)
     finally:
         accelerator.end_training()
 
@@ -136,6 +139,7 @@ def train_tokenizer(
 
     saved = load_checkpoint(folder.checkpoints)
     first = saved.step if saved else 0
+    same_start(accelerator, folder.checkpoints, first)
     if saved:
         trained.restore(saved)
         log.info("going on from step %d of %d", first, train.steps)

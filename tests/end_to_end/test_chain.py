@@ -99,6 +99,24 @@ def test_a_second_run_trains_nothing(unbroken: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["tokenizers", "tokens"])
+def test_what_was_made_from_other_images_is_not_taken_for_these(
+    unbroken: Path, tmp_path: Path, kind: str
+) -> None:
+    """Where images lie is no part of a config; what they are must still be the same."""
+    shutil.copytree(unbroken / "runs", tmp_path / "runs", symlinks=True)
+    (folder,) = (tmp_path / "runs" / kind).iterdir()
+    (folder / "data.json").write_text('{"fingerprint": "of other photographs"}')
+    sweep = tmp_path / "runs" / "tiny" / "sweep.json"
+    before = sweep.read_bytes()
+    done = subprocess.run(command(tmp_path), capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2
+    assert "made from other images" in done.stderr
+    assert "--data.name" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert sweep.read_bytes() == before
+
+
 def test_pictures_can_be_drawn_from_a_finished_run(unbroken: Path) -> None:
     grid = Path(finish(unbroken, "sample", "--depth", "2", "--count", "2", "--classes", "1").strip())
     assert len(list(grid.parent.glob("*.png"))) == 3

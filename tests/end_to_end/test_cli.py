@@ -166,17 +166,25 @@ def test_tokenize_is_not_for_the_other_machines(tmp_path: Path) -> None:
     assert "launch.main_address" in refused("run", "quickstart", "--launch.machines", "2")
 
 
-def test_a_cache_that_cannot_be_written_is_a_note_and_ends_no_sweep(
+def test_a_speed_that_cannot_be_told_or_kept_is_a_note_and_ends_no_sweep(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VARSCALE_CACHE", str(tmp_path / "cache"))
     made = make_plan(load_recipe("quickstart"), tmp_path, _counted)
     (tmp_path / "cache").write_text("a file where the folder should be")
+    for step in range(20, 120, 20):
+        made.jobs[0].folder.append({"kind": "train", "step": step, "images_per_second": 1e6})
     state = JobState(made.jobs[0], from_scratch=True, seconds=10.0)
     out = io.StringIO()
     commands._calibrate(made, state, Console(file=out, width=200))
     assert out.getvalue().startswith("note: this speed is not remembered")
     (tmp_path / "cache").unlink()
+    metrics = made.jobs[0].folder.path / "metrics.jsonl"
+    whole = metrics.read_text()
+    metrics.write_text("not a record\n" + whole)
+    commands._calibrate(made, state, Console(file=out, width=200))
+    assert "metrics.jsonl, line 1: not valid JSON" in out.getvalue().splitlines()[-1]
+    metrics.write_text(whole)
     commands._calibrate(made, state, Console(file=out))
     assert make_plan(load_recipe("quickstart"), tmp_path, _counted).jobs[0].seconds == pytest.approx(10.0)
 
@@ -283,7 +291,7 @@ def test_a_full_or_locked_disk_is_one_line(
         raise OSError(number, os.strerror(number), str(tmp_path / "sweep.json"))
 
     monkeypatch.setattr("sweeps.plan.write_json", fails)
-    monkeypatch.setattr(run_sweep, "_check_data", lambda data: None)
+    monkeypatch.setattr(run_sweep, "_check_data", lambda data: "fingerprint")
     monkeypatch.setattr(run_sweep, "_resolve", _counted)
     assert run_sweep.main(["run", "quickstart", "--root", str(tmp_path)]) == 2
     error = capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scaling import agreement
-from scaling.agreement import AGREE_SECONDS, MOST_STEPS, Agreement, steps_until_next
+from scaling.agreement import AGREE_SECONDS, MOST_STEPS, Agreement, same_start, steps_until_next
+from scaling.records import RecordsError
 
 
 @given(st.floats(0, 1e6))
@@ -104,3 +106,12 @@ def test_slow_steps_ask_each_time_and_fast_ones_seldom(
 def test_one_process_asks_nobody() -> None:
     alone = SimpleNamespace(num_processes=1)  # no reduce to call
     assert Agreement(alone, 0).ask(1, True, False) == (True, False)  # type: ignore[arg-type]
+
+
+def test_processes_that_found_different_checkpoints_do_not_go_on() -> None:
+    def of(*steps: int) -> Any:
+        return SimpleNamespace(device=torch.device("cpu"), gather=lambda mine: torch.tensor(steps))
+
+    same_start(of(12, 12, 12), Path("checkpoints"), 12)
+    with pytest.raises(RecordsError, match=r"checkpoints: .* \(steps 12, 0 by process\)"):
+        same_start(of(12, 0), Path("checkpoints"), 12)

@@ -222,3 +222,18 @@ def test_state_of_another_model_is_refused() -> None:
     del names["0.weight"]
     with pytest.raises(ValueError, match="not among the names"):
         optimizer_tensors(optimizer, names)
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.EACCES])
+def test_a_checkpoint_that_cannot_be_read_now_is_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, tensors(step), {})
+
+    def unreadable(path: Path) -> dict[str, object]:
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(module, "_digest", unreadable)
+    with pytest.raises(RecordsError, match=r"step-000000002: the checkpoint could not be read"):
+        load_checkpoint(tmp_path)

@@ -233,3 +233,34 @@ def test_signal_handlers_are_put_back(tmp_path: Path) -> None:
     with JobProcess(RunFolder(tmp_path)):
         assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] != before
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+@pytest.mark.parametrize("is_main", [True, False])
+def test_a_failure_to_meet_the_others_is_recorded(tmp_path: Path, is_main: bool) -> None:
+    folder = RunFolder(tmp_path)
+
+    def wait() -> None:
+        raise RuntimeError("connection reset by peer")
+
+    with pytest.raises(RuntimeError, match="reset"), JobProcess(folder, is_main, wait):
+        raise AssertionError("entered alone")
+    status = folder.status()
+    assert (status["state"], status["exit_code"]) == ("failed", 1)
+    assert status["error"] == "RuntimeError: connection reset by peer"
+    assert not folder.busy()
+
+
+def test_a_signal_while_the_others_are_waited_for_is_heard(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+
+    def main() -> None:
+        with JobProcess(folder, wait=lambda: os.kill(os.getpid(), signal.SIGTERM)) as job:
+            assert job.should_stop()
+            raise Interrupted
+
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        assert run_job(main) == 3
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert folder.status()["state"] == "interrupted"

@@ -201,3 +201,23 @@ def test_no_sweep_and_no_runs_are_said(tmp_path: Path) -> None:
         list_runs(tmp_path / "nothing")
     with pytest.raises(RecordsError, match="no runs in it yet"):
         list_runs(tmp_path)
+
+
+def test_a_failure_that_is_forgotten_while_it_is_read_is_none(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever was there a moment ago: the file itself decides."""
+    folder.set_status("running", attempt=2)
+    monkeypatch.setattr(Path, "exists", lambda self: True)
+    assert folder.status()["state"] == "running"
+    assert RunFolder(folder.path / "new").status()["state"] == "waiting"
+
+
+def test_a_folder_made_from_other_images_is_told(folder: RunFolder) -> None:
+    folder.check_data("a")
+    folder.claim_data("a")
+    folder.claim_data("a")
+    for ask in (folder.check_data, folder.claim_data):
+        with pytest.raises(RecordsError, match=r"other images .* --data\.name"):
+            ask("b")
+    folder.check_data("a")

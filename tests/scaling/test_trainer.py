@@ -276,3 +276,36 @@ def logged_steps(file: Path) -> list[int]:
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     history = [r["history"] for r in map(json.loads, output.splitlines()) if r["type"] == "history"]
     return [line["item"]["step"] for line in history]
+
+
+BLIND = """
+import os, sys
+import scaling.trainer as trainer
+from scaling.process import run_job
+if os.environ["RANK"] == "1":
+    trainer.load_checkpoint = lambda folder: None
+sys.exit(run_job(trainer.main))
+"""
+
+
+def test_two_processes_that_see_other_checkpoints_do_not_train(
+    chain: tuple[Path, Path], tmp_path: Path
+) -> None:
+    folder = run(tmp_path / "run", chain, tiny.run_config(steps=2))
+    before = folder.metrics()
+    (tmp_path / "blind.py").write_text(BLIND)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    command += [str(tmp_path / "blind.py"), str(folder.path)]
+    command += ["--tokens", str(chain[0]), "--tokenizer", str(chain[1])]
+    path = str(Path(__file__).resolve().parents[2])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    process = subprocess.Popen(command, env=environment)
+    try:
+        assert process.wait(60) != 0
+    finally:
+        process.terminate()  # the launcher takes its processes with it
+        process.wait(60)
+    status = folder.status()
+    assert (status["state"], status["exit_code"]) == ("failed", 2)
+    assert "different checkpoints (steps 2, 0 by process)" in status["error"]
+    assert folder.metrics() == before

@@ -1,17 +1,22 @@
 """Several machines: a run is called when all are there, joined once, and nothing stale is believed."""
 
+import dataclasses
+import io
 import json
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
+from rich.console import Console
 
 from scaling.config import ConfigError, LaunchConfig, content_hash
+from scaling.process import alive
 from scaling.records import RecordsError, RunFolder
-from sweeps import meeting
+from sweeps import commands, meeting
 from sweeps.jobs import Job, command, tokenizer_jobs
 from sweeps.meeting import Follower, Leader, Sign
 from sweeps.recipe import load_recipe
@@ -26,6 +31,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(meeting, "SILENT_SECONDS", 2.0)
     monkeypatch.setattr(meeting, "TICK_SECONDS", 0.02)
     monkeypatch.setattr(meeting, "GRACE_SECONDS", 0.3)
+    monkeypatch.setattr(meeting, "KILL_SECONDS", 2.0)
 
 
 def share(root: Path, name: str, code: str = "") -> Job:
@@ -137,7 +143,8 @@ def test_a_leader_calls_only_when_the_others_are_there_free_and_its_own(tmp_path
 
     assert leader.ready(job) is None
     assert leader.ready(job) is None
-    assert told == ["waiting for machine 1 before a"], "said once"
+    (said,) = told  # once
+    assert said.startswith("waiting for machine 1 before a: start the same command there")
     assert not seen(leader="another", busy=False)
     assert not seen(leader=session, busy=True)
     assert seen(leader=session, busy=False)
@@ -156,12 +163,28 @@ def test_a_run_that_is_not_in_the_plan_is_refused(tmp_path: Path, led: Led) -> N
     thread.join()
 
 
-def test_processes_that_hang_after_their_turn_are_killed(tmp_path: Path, led: Led) -> None:
-    job, told = share(tmp_path, "a", "time.sleep(60)"), list[str]()
+HANGING = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+
+
+def launcher_of(child: str, on_term: str, file: Path) -> str:
+    """Code that starts a child in a session of its own, as torchrun does."""
+    return (
+        "import signal, subprocess, sys, pathlib;"
+        f"child = subprocess.Popen([sys.executable, '-c', {child!r}], start_new_session=True);"
+        f"signal.signal(signal.SIGTERM, {on_term});"
+        f"pathlib.Path({str(file)!r}).write_text(str(child.pid)); child.wait()"
+    )
+
+
+@pytest.mark.parametrize("on_term", ["lambda *_: child.kill()", "signal.SIG_IGN"])
+def test_processes_that_hang_after_their_turn_are_killed(tmp_path: Path, led: Led, on_term: str) -> None:
+    """By the launcher that started them, or with it."""
+    file = tmp_path / "child.txt"
+    job, told = share(tmp_path, "a", launcher_of(HANGING, on_term, file)), list[str]()
 
     def lead() -> None:
         led.call(job)
-        wait_for((job.folder.path / "met.txt").exists)
+        wait_for(file.exists)
         led.running = False  # it has ended on machine 0
         wait_for(lambda: any("ended" in text for text in told))
         led.stop(1)
@@ -170,8 +193,112 @@ def test_processes_that_hang_after_their_turn_are_killed(tmp_path: Path, led: Le
     began = time.monotonic()
     assert follower(tmp_path, job, told=told).run() == 1
     assert time.monotonic() - began < 30, "it did not wait for the minute of sleep"
-    assert "machine 1: its part has ended (exit code -9)" in told
+    wait_for(lambda: not alive(int(file.read_text())))
+    assert not alive(int(file.read_text()))
     thread.join()
+
+
+LEAVES = (
+    "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: (time.sleep({0}), open({1!r}, 'w'), "
+    "sys.exit(3))); open({2!r}, 'w'); time.sleep(60)"
+)
+
+
+def leaving(root: Path, seconds: float) -> tuple[Job, Path, Path]:
+    """A share that takes this long to leave when it is asked to, and the files of its start and its end."""
+    began, left = root / "began.txt", root / "left.txt"
+    return share(root, "a", LEAVES.format(seconds, str(left), str(began))), began, left
+
+
+def test_the_exit_code_is_shared_however_long_the_share_here_takes_to_leave(
+    tmp_path: Path, led: Led, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, began, left = leaving(tmp_path, seconds=1.0)
+
+    def lead() -> None:
+        led.call(job)
+        wait_for(began.exists)
+        monkeypatch.setattr(meeting, "ALIVE_SECONDS", 0.5)
+        led.running = False
+        led.stop(7)
+
+    thread = aside(lead)
+    assert follower(tmp_path, job).run() == 7
+    assert left.exists(), "it was not killed"
+    thread.join()
+
+
+def test_an_error_of_the_follower_lets_its_share_leave(
+    tmp_path: Path, led: Led, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, began, left = leaving(tmp_path, seconds=0.1)
+    following = follower(tmp_path, job)
+    mind = following._mind
+
+    def failing() -> None:
+        mind()
+        if began.exists():
+            raise ZeroDivisionError
+
+    monkeypatch.setattr(following, "_mind", failing)
+    thread = aside(lambda: led.call(job) and None)
+    with pytest.raises(ZeroDivisionError):
+        following.run()
+    assert left.exists(), "it was killed without a checkpoint"
+    thread.join()
+
+
+def test_a_turn_that_is_seen_open_again_is_not_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(meeting.time, "monotonic", lambda: now)
+    job, began, left = leaving(tmp_path, seconds=0.0)
+    following = follower(tmp_path, job)
+    turn = {"session": "s", "turn": 1, "run": "a"}
+    following._leader.facts, following._leader._changed = turn, now
+    following._join("a")
+    while not began.exists():
+        time.sleep(0.02)
+    process = following._process
+    assert process is not None
+    for facts in (turn | {"run": ""}, turn, turn, turn | {"run": ""}):
+        following._leader.facts, following._leader._changed = facts, now
+        following._mind()
+        assert not left.exists()
+        now += 0.25
+    now += 0.3
+    following._mind()
+    assert process.wait(10) == 3
+
+
+def test_each_place_is_taken_once_and_free_again_afterwards(tmp_path: Path, led: Led) -> None:
+    with pytest.raises(RecordsError, match="another launcher runs this sweep as machine 0"):
+        Leader(tmp_path, 2, print)
+    led.stop(0)
+    Leader(tmp_path, 2, print).end(0)
+    job = share(tmp_path, "a")
+    with meeting.take_place(tmp_path, 1), pytest.raises(RecordsError, match="this sweep as machine 1"):
+        follower(tmp_path, job).run()
+    assert follower(tmp_path, job).run() == 1
+
+
+def test_a_sign_that_cannot_be_written_for_a_while_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr(meeting.time, "monotonic", lambda: now)
+    sign = Sign(tmp_path / "1.json")
+    sign.show(busy=True)
+
+    def stale(path: Path, value: object) -> None:
+        raise OSError("stale file handle")
+
+    monkeypatch.setattr(meeting, "write_json", stale)
+    for _ in range(3):
+        now += 0.5
+        sign.beat()
+    now += 1.0
+    with pytest.raises(OSError, match="stale"):
+        sign.beat()
 
 
 def test_a_machine_whose_runs_are_all_done_does_not_wait(tmp_path: Path) -> None:
@@ -182,15 +309,17 @@ def test_a_machine_whose_runs_are_all_done_does_not_wait(tmp_path: Path) -> None
 
 
 def test_the_scheduler_starts_nothing_before_it_may_and_adds_to_the_environment(tmp_path: Path) -> None:
-    asked: list[bool] = []
+    asked, written = list[bool](), set[int]()
 
     def ready(job: Job) -> dict[str, str] | None:
         assert (job.folder.path / "launch.json").exists(), "others may read it once they are called"
+        written.add((job.folder.path / "launch.json").stat().st_ino)
         asked.append((job.folder.path / "starts.txt").exists())
         return {"OMP_NUM_THREADS": "77"} if len(asked) > 3 else None
 
     assert Scheduler([fake_job(tmp_path, "a")], [()], ready=ready).run().exit_code == 0
     assert asked == [False] * 4
+    assert len(written) == 1, "the file is not replaced while the job waits"
     assert (tmp_path / "a" / "starts.txt").read_text().startswith("77 ")
 
 
@@ -202,6 +331,25 @@ def test_a_signal_ends_a_scheduler_that_waits_for_machines(tmp_path: Path) -> No
 
     scheduler.on_tick = interrupt  # type: ignore[assignment]
     assert scheduler.run().exit_code == 130
+
+
+def led_scheduler(root: Path, kind: Literal["tokenizer", "run"]) -> tuple[Path, int]:
+    """A scheduler that is interrupted at once, as machine 0 of two; the sweep and its exit code."""
+    made = planned(root, load_recipe("quickstart", TWO), NODE)
+    scheduler = Scheduler([dataclasses.replace(fake_job(root, "a"), kind=kind)], [()])
+    scheduler._signals.append(time.monotonic())
+    result = commands._lead(made, scheduler, Console(file=io.StringIO()))
+    return made.folders.sweep / "machines" / "0.json", result.exit_code
+
+
+def test_the_others_are_told_the_code_that_machine_0_ends_with(tmp_path: Path) -> None:
+    file, code = led_scheduler(tmp_path, "run")
+    assert json.loads(file.read_text())["exit_code"] == code == 130
+
+
+def test_tokenize_sends_nobody_home(tmp_path: Path) -> None:
+    file, _ = led_scheduler(tmp_path, "tokenizer")
+    assert not file.exists()
 
 
 # -- plans ---------------------------------------------------------------------------------------

@@ -3,10 +3,8 @@
 import dataclasses
 import io
 import json
-import math
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -16,10 +14,9 @@ from rich.console import Console
 from scaling import flops
 from scaling.config import ConfigError, DataConfig, LaunchConfig, to_dict
 from scaling.records import RecordsError, RunFolder, read_json
-from sweeps import calibration
-from sweeps.calibration import ImageSpeed, RunSpeed
+from sweeps import machine
 from sweeps.jobs import command
-from sweeps.machine import MEMORY_SHARE, PROCESS_BYTES, Allotment, Machine, allot
+from sweeps.machine import MEMORY_SHARE, PROCESS_BYTES, Machine, allot
 from sweeps.plan import Plan, make_plan, makespan
 from sweeps.recipe import Recipe, load_recipe
 from sweeps.tables import duration, number, plan_notes, plan_table, size
@@ -147,6 +144,46 @@ def test_gpus_are_dealt_out_whole_and_shared_only_when_asked() -> None:
         allot(LAPTOP, LaunchConfig(device="cuda"), needs)
 
 
+LISTING = """\
+GPU 0: NVIDIA A (UUID: GPU-aaaa-1)
+GPU 1: NVIDIA B (UUID: GPU-bbbb-2)
+"""
+SLICED = """\
+GPU 0: NVIDIA A (UUID: GPU-aaaa-1)
+  MIG 1g.18gb     Device  0: (UUID: MIG-1111)
+  MIG 2g.35gb     Device  1: (UUID: MIG-2222)
+"""
+
+
+@pytest.mark.parametrize(
+    ("listing", "visible", "gpus", "name"),
+    [
+        (LISTING, None, ("0", "1"), "NVIDIA A"),
+        (LISTING, "1", ("1",), "NVIDIA B"),
+        (LISTING, "1,0", ("1", "0"), "NVIDIA B"),
+        (LISTING, "GPU-bbbb", ("GPU-bbbb",), "NVIDIA B"),
+        (LISTING, "7", ("7",), "GPU 7"),
+        (SLICED, None, ("MIG-1111", "MIG-2222"), "NVIDIA A MIG 1g.18gb"),
+        (SLICED, "MIG-2222", ("MIG-2222",), "NVIDIA A MIG 2g.35gb"),
+    ],
+)
+def test_a_machine_is_called_after_the_device_that_is_used(
+    monkeypatch: pytest.MonkeyPatch, listing: str, visible: str | None, gpus: tuple[str, ...], name: str
+) -> None:
+    monkeypatch.setattr(machine.shutil, "which", lambda program: program)
+    monkeypatch.setattr(machine.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=listing))
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    for device in ("auto", "cuda"):
+        found = machine.this_machine(device)
+        assert (found.gpus, found.name) == (gpus, name)
+    cpu = machine.this_machine("cpu")
+    assert cpu.gpus == ()
+    assert cpu.name == machine._cpu_name()
+
+
 def test_threads_do_not_depend_on_what_is_left_to_do(tmp_path: Path) -> None:
     plan = planned(tmp_path)
     plan.write()
@@ -163,187 +200,6 @@ def test_several_processes_are_started_through_accelerate() -> None:
     assert words[1:6] == ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2")
     assert "--cpu" not in words
     assert words[-3:] == ("-m", "scaling.trainer", "folder")
-
-
-# -- time ----------------------------------------------------------------------------------------
-
-
-def speed_of(plan: Plan, depth: int, flops_per_second: float, other: float, seq_len: int = 30) -> RunSpeed:
-    """A finished run on the plan's machine, as the plan would start it."""
-    return RunSpeed(
-        plan.machine.name, plan.allotment.threads, 1, 1, "fp32", depth, seq_len, flops_per_second, other
-    )
-
-
-def stage_speed(plan: Plan, job: Literal["tokenizer", "tokens"], images_per_second: float) -> ImageSpeed:
-    shape = calibration.image_shape(plan.tokenizer_run)
-    return ImageSpeed(job, plan.machine.name, 4, 1, "fp32", shape, images_per_second)
-
-
-def time_note(plan: Plan) -> str:
-    return plan_notes(plan)[-1]
-
-
-def test_without_a_measurement_no_time_is_told_and_the_note_says_for_what(tmp_path: Path) -> None:
-    plan = planned(tmp_path)
-    assert plan.seconds is plan.seconds_sum is None
-    assert [r.seconds for r in plan.runs] == [None] * 5
-    assert "unknown for tokenizer and tokens" in time_note(plan)
-    missing = "no run has finished on this machine with 1 process of 1 thread in fp32"
-    assert f"unknown for depths 1, 2, 3, 4, 5: {missing}" in time_note(plan)
-
-
-def test_speeds_belong_to_the_machine_whatever_the_root(tmp_path: Path) -> None:
-    plan = planned(tmp_path / "one")
-    calibration.add(speed_of(plan, 4, 1e11, 7.0))
-    assert planned(tmp_path / "two").runs[3].seconds == planned(tmp_path / "one").runs[3].seconds is not None
-    assert list(tmp_path.iterdir()) == [], "nothing is written below a root"
-
-
-def test_speeds_lie_where_the_environment_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VARSCALE_CACHE", str(tmp_path / "here"))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert calibration.speeds_file() == tmp_path / "here" / "calibration.json"
-    monkeypatch.delenv("VARSCALE_CACHE")
-    assert calibration.speeds_file() == tmp_path / "xdg" / "varscale" / "calibration.json"
-    for none in ("", "relative/path"):
-        monkeypatch.setenv("XDG_CACHE_HOME", none)
-        assert calibration.speeds_file() == tmp_path / "home" / ".cache" / "varscale" / "calibration.json"
-
-
-def test_only_speeds_of_the_same_device_threads_processes_and_precision_count(tmp_path: Path) -> None:
-    first = planned(tmp_path)
-    good = speed_of(first, 3, 1e11, 7.0)
-    for other in (
-        {"device": "another"},
-        {"threads": good.threads + 1},
-        {"processes": 2},
-        {"machines": 2},
-        {"precision": "bf16"},
-    ):
-        calibration.add(dataclasses.replace(good, **other))
-    assert planned(tmp_path).runs[2].seconds is None
-    calibration.add(good)
-    assert planned(tmp_path).runs[2].seconds is not None
-
-
-def test_a_depth_that_finished_gives_its_own_time_and_the_others_are_told_by_their_flops(
-    tmp_path: Path,
-) -> None:
-    first = planned(tmp_path)
-    work = [calibration.run_flops(config) for config in first.configs]
-    assert work[0] == pytest.approx(first.runs[0].flops * (1 + 12 * 512 / 3 / (250 * 64)))
-    calibration.add(speed_of(first, 2, 1e9, 3.0))
-    calibration.add(speed_of(first, 4, 1e11, 7.0))
-    calibration.add(speed_of(first, 3, 1.0, 1.0, seq_len=680))  # far from 30 tokens: not used
-    calibration.add(stage_speed(first, "tokenizer", 100.0))
-    calibration.add(stage_speed(first, "tokens", 1000.0))
-    plan = planned(tmp_path)
-    seconds = [r.seconds for r in plan.runs]
-    assert seconds[1] == pytest.approx(work[1] / 1e9 + 3)
-    assert seconds[3] == pytest.approx(work[3] / 1e11 + 7)
-    assert seconds[0] == pytest.approx(work[0] / 1e9 + 3), "the nearest depth's speed"
-    assert seconds[4] == pytest.approx(work[4] / 1e11 + 7)
-    between = 1e9 ** (1 - math.log2(1.5)) * 1e11 ** math.log2(1.5)
-    assert seconds[2] == pytest.approx(work[2] / between + 3 + 4 * math.log2(1.5))
-    assert [found and found.measured for found in plan.estimates] == [
-        True,
-        True,
-        False,
-        True,
-        False,
-        True,
-        False,
-    ]
-    note = time_note(plan)
-    assert "depths 2, 4 at the speed of the last run of that depth finished on this machine" in note
-    assert "~ depths 1, 3, 5 by FLOPs, from the speed of 2 finished runs (depths 2, 4)" in note
-    assert "unknown" not in note
-    stage = plan.recipe.tokenizer_train
-    assert plan.jobs[0].seconds == pytest.approx(stage.steps * stage.batch / 100)
-    assert plan.jobs[1].seconds == pytest.approx((plan.data.train_images + plan.data.val_images) / 1000)
-
-
-def test_the_sum_and_the_time_on_the_clock_are_both_told(tmp_path: Path) -> None:
-    first = planned(tmp_path)
-    calibration.add(speed_of(first, 4, 1e11, 7.0))
-    calibration.add(stage_speed(first, "tokenizer", 100.0))
-    calibration.add(stage_speed(first, "tokens", 1000.0))
-    plan = planned(tmp_path)
-    stages = plan.jobs[0].seconds + plan.jobs[1].seconds
-    runs = sorted((r.seconds for r in plan.runs), reverse=True)
-    assert plan.seconds_sum == pytest.approx(stages + sum(runs))
-    assert plan.seconds == pytest.approx(stages + makespan(runs, 4))
-    assert plan.seconds < plan.seconds_sum
-    shown = printed(plan)
-    rows = {line[:24].strip(): line for line in shown.splitlines()}
-    assert f" {duration(plan.seconds_sum)} " in rows["to do: 5 of 5 runs"]
-    assert f" {duration(plan.seconds)} " in rows["wall time, 4 at once"]
-    total = plan.to_json()["total"]
-    assert (total["seconds_to_do_sum"], total["seconds_to_do"]) == (plan.seconds_sum, plan.seconds)
-    assert plan.to_json()["runs"][4]["seconds_from"] == {
-        "seconds": plan.runs[4].seconds, "depths": [4], "measured": False
-    }  # fmt: skip
-
-
-def test_estimated_times_are_marked_in_the_table(tmp_path: Path) -> None:
-    first = planned(tmp_path)
-    calibration.add(speed_of(first, 4, 1e11, 700.0))
-    lines = {line.split()[0]: line for line in printed(planned(tmp_path)).splitlines() if "var-d" in line}
-    marked = {name.split("-")[1]: "~" in line for name, line in lines.items()}
-    assert marked == {"d1": True, "d2": True, "d3": True, "d4": False, "d5": True}
-
-
-@given(
-    speeds=st.dictionaries(st.integers(1, 12), st.floats(1e6, 1e15), min_size=1, max_size=4),
-    depth=st.integers(1, 40),
-)
-def test_an_estimate_lies_between_those_of_its_neighbours(speeds: dict[int, float], depth: int) -> None:
-    recipe = dataclasses.replace(load_recipe("quickstart"), depths=(depth,))
-    (run,) = recipe.runs(dataclasses.replace(recipe.data, num_classes=9))
-    allotment = Allotment(((),), 1)
-    known = calibration.Calibration(
-        tuple(RunSpeed("x", 1, 1, 1, "fp32", d, 30, speed, 0.0) for d, speed in speeds.items())
-    )
-    found = known.run(run, Machine("x", 1, 1, ()), allotment, LaunchConfig())
-    assert found is not None
-    speed = calibration.run_flops(run) / found.seconds
-    used = [speeds[d] for d in found.depths]
-    assert min(used) * (1 - 1e-9) <= speed <= max(used) * (1 + 1e-9)
-    assert found.measured == (depth in speeds)
-    assert set(found.depths) <= speeds.keys()
-
-
-def test_a_newer_measurement_replaces_the_older_and_a_damaged_file_is_named(tmp_path: Path) -> None:
-    speed = speed_of(planned(tmp_path), 4, 1e11, 7.0)
-    calibration.add(speed)
-    calibration.add(dataclasses.replace(speed, flops_per_second=2e11))
-    assert [r.flops_per_second for r in calibration.load().runs] == [2e11]
-    calibration.speeds_file().write_text('{"rums": []}')
-    with pytest.raises(RecordsError, match=r"calibration\.json.*did you mean 'runs'.*remove the file"):
-        planned(tmp_path)
-
-
-def test_launchers_that_end_at_once_keep_each_others_speeds(tmp_path: Path) -> None:
-    speed = speed_of(planned(tmp_path), 1, 1e11, 7.0)
-    speeds = [dataclasses.replace(speed, depth=depth) for depth in range(1, 17)]
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(calibration.add, speeds))
-    assert {r.depth for r in calibration.load().runs} == set(range(1, 17))
-
-
-def test_a_finished_run_gives_its_speed(tmp_path: Path) -> None:
-    plan = planned(tmp_path)
-    folder, config = plan.jobs[2].folder, plan.configs[0]
-    for step, speed in ((10, 50.0), (20, 100.0), (30, 100.0)):
-        folder.append({"kind": "train", "step": step, "images_per_second": speed})
-    measured = calibration.measure_run(folder, config, LAPTOP, plan.allotment, LaunchConfig(), seconds=250.0)
-    assert measured is not None
-    assert measured.flops_per_second == pytest.approx(100 * flops.train_flops(config.model))
-    assert measured.other_seconds == pytest.approx(250 - (config.total_steps * 64 + 12 * 512 / 3) / 100)
-    calibration.add(measured)
-    assert planned(tmp_path).runs[0].seconds == pytest.approx(250)
 
 
 # -- the table -----------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The scheduler: what is missing is done, once, whatever fails, is killed or runs beside it."""
 
 import contextlib
+import dataclasses
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from scaling.process import alive
 from scaling.records import RunFolder
 from sweeps.scheduler import JobState, Result, Scheduler
 from tests.sweeps.fake_sweep import HERE, REPOSITORY, fake_job
@@ -193,3 +195,23 @@ def test_an_error_of_the_launcher_itself_leaves_no_process_behind(tmp_path: Path
         Scheduler([fake_job(tmp_path, "a", 200)], [()], on_tick=break_down).run()
     assert not RunFolder(tmp_path / "a").busy()
     assert RunFolder(tmp_path / "a").status()["state"] == "interrupted"
+
+
+def test_a_second_signal_kills_what_torchrun_would_have_started_too(tmp_path: Path) -> None:
+    pid = tmp_path / "child.txt"
+    hanging = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+    code = (
+        "import pathlib, signal, subprocess, sys; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
+        f"child = subprocess.Popen([sys.executable, '-c', {hanging!r}], start_new_session=True);"
+        f"pathlib.Path({str(pid)!r}).write_text(str(child.pid)); child.wait()"
+    )
+    job = dataclasses.replace(fake_job(tmp_path, "a"), command=(sys.executable, "-c", code))
+    scheduler = Scheduler([job], [()])
+
+    def interrupt(states: Sequence[JobState]) -> None:
+        if pid.exists() and pid.read_text():
+            scheduler._signals += [time.monotonic() - 4, time.monotonic()]
+
+    scheduler.on_tick = interrupt
+    assert scheduler.run().exit_code == 130
+    wait_for(lambda: not alive(int(pid.read_text())))

@@ -201,3 +201,14 @@ def test_bad_lpips_weights_are_refused(lpips: LPIPS, tmp_path: Path, monkeypatch
     torch.save(lpips.state_dict() | {"features.0.bias": torch.ones(3)}, "shape.pth")
     with pytest.raises(ConfigError, match=r"'features\.0\.bias' has shape \(3,\), expected \(64,\)"):
         load("shape.pth")
+
+
+def test_a_checksum_stands_for_weights_that_are_named_and_for_nothing_else(tmp_path: Path) -> None:
+    known = hashlib.sha256(b"one").hexdigest()
+    with pytest.raises(ConfigError, match=r"lpips_sha256 is given without tokenizer_train\.lpips_weights"):
+        tokenizer_id(None, lpips_sha256=known)
+    for wrong in ("abc", known + "0", "g" * 64):
+        with pytest.raises(ConfigError, match=f"must be 64 hexadecimal digits, got '{wrong}'"):
+            tokenizer_id(tmp_path / "a.pth", lpips_sha256=wrong)
+    file = tmp_path / "a.pth"
+    assert tokenizer_id(file, lpips_sha256=known.upper()) == tokenizer_id(file, lpips_sha256=known)

@@ -14,13 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
 
 from scaling.checkpoint import Checkpoint, load_checkpoint
 from scaling.config import AdversarialConfig, ConfigError, DataConfig, LaunchConfig, TokenizerRunConfig
 from scaling.process import INTERRUPTED, REFUSED, Interrupted, JobProcess
-from scaling.records import RunFolder
+from scaling.records import RecordsError, RunFolder
 from scaling.tokenizer import stage1, training
 from scaling.tokenizer.feed import train_images
 from scaling.tokenizer.vqvae import facts_of, load_tokenizer
@@ -331,3 +332,12 @@ def test_the_loss_falls(tmp_path: Path) -> None:
     losses = [r["pixel_l2"] for r in folder.metrics("train")]
     assert losses[-1] < 0.5 * losses[0]
     assert json.loads((folder.path / "status.json").read_text())["state"] == "done"
+
+
+def test_processes_that_found_different_checkpoints_do_not_train(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Accelerator, "gather", lambda self, mine: torch.tensor([int(mine), 4]))
+    with pytest.raises(RecordsError, match=r"different checkpoints \(steps 0, 4 by process\)"):
+        train(tmp_path / "run", tiny.RUN)
+    assert RunFolder(tmp_path / "run").metrics() == []
