@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from analysis.bootstrap import group_codes
 from analysis.errors import DataError, Floats, rows
-from analysis.valleys import LEAST, Akima, Parabola, ValleyMethod, fit_valley
+from analysis.valleys import LEAST, Akima, Parabola, ValleyMethod, fit_valley, places
 
 
 class Surface(Protocol):
@@ -30,6 +30,8 @@ class Budget:
     """max C / min C − 1."""
     index: NDArray[np.int64]
     """Its rows in the data given."""
+    distinct: int
+    """How many N, those within 5 % of one another counted once."""
     curve: Parabola | Akima | None
     params: float
     """N of the lowest point, accepted or not; NaN if there is none."""
@@ -62,7 +64,8 @@ def group_budgets(C: Floats, tolerance: float, labels: ArrayLike | None) -> tupl
         if np.log(part.max() / part.min()) > step:
             raise DataError(
                 f"budgets run into one another: {rows(codes == k)} reach from C = {part.min():.4g} to "
-                f"{part.max():.4g} in steps within {tolerance:.3g}; pass budget= labels or another tolerance"
+                f"{part.max():.4g} in steps within {tolerance:.3g}; "
+                "pass budget= labels or another tolerance (on the command line --budget, --tolerance)"
             )
     return codes, f"{codes.max(initial=-1) + 1} budgets, C within {tolerance:.3g} of one another"
 
@@ -73,13 +76,13 @@ def lowest(
     log_n, log_c = np.log(N[index]), np.log(C[index])
     flops, spread = float(np.exp(log_c.mean())), float(np.exp(np.ptp(log_c)) - 1)
     curve = fit_valley(log_n, L[index], method)
+    distinct = int(places(log_n).max()) + 1
     nothing = float("nan")
     if curve is None:
-        have = len(np.unique(log_n))
-        reason = f"{have} distinct N, the {method} needs {LEAST[method]}"
-        return Budget(flops, spread, index, None, nothing, nothing, nothing, nothing, reason)
+        reason = f"{distinct} distinct N (those within 5 % are one), the {method} needs {LEAST[method]}"
+        return Budget(flops, spread, index, distinct, None, nothing, nothing, nothing, nothing, reason)
     if curve.reason:
-        return Budget(flops, spread, index, curve, nothing, nothing, nothing, nothing, curve.reason)
+        return Budget(flops, spread, index, distinct, curve, nothing, nothing, nothing, nothing, curve.reason)
     at = curve.log_n
     params = float(np.exp(min(at, 700.0)))
     reason = ""
@@ -91,7 +94,7 @@ def lowest(
     per = _per_token(log_n, log_c - np.log(D[index]))
     tokens = float(np.exp(np.clip(log_c.mean() - at - float(per(at)), -700, 700)))
     loss, slope = float(curve.value(np.array(at))), -1 - float(per.deriv()(at))
-    return Budget(flops, spread, index, curve, params, tokens, loss, slope, reason)
+    return Budget(flops, spread, index, distinct, curve, params, tokens, loss, slope, reason)
 
 
 def _per_token(log_n: Floats, log_c_d: Floats) -> np.polynomial.Polynomial:

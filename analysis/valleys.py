@@ -4,43 +4,31 @@
   geometric mean so that the noise of budgets can be pooled.
 - ``Akima``: the interpolating spline of Akima 1970 through the mean loss at each N, its lowest
   point among the exact zeros of its derivative. Five distinct N: its slopes are made of five points.
-  N within 5 % of one another are one: through noisy points that close it would shoot far below
-  them. A minimum that still lies below all means by a fifth of their range is rejected (of a
-  parabola through five points it can be a twenty-fifth).
+  A minimum that lies below all means by a fifth of their range is rejected (of a parabola through
+  five points it can be a twenty-fifth).
+- N within 5 % of one another are one (``places``). Between noisy losses that close a spline shoots
+  far below them, and a parabola through two such and a third N can turn anywhere between the two,
+  in so sharp a valley that the delta method takes the place for very well known.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from analysis.errors import Floats
 from analysis.intervals import fieller
 
 ValleyMethod = Literal["parabola", "spline"]
 LEAST = {"parabola": 3, "spline": 5}
-"""Distinct N that a valley needs."""
-NEAR = np.log(1.05)
-"""N this near to the next, in log, is the same for a spline."""
+"""Distinct N (``places``) that a valley needs."""
+NEAR = float(np.log(1.05))
+"""How far apart, in log, the N of one place may be."""
 OVERSHOOT = 0.2
 """Of the range of mean losses: what a spline's minimum may lie below them."""
-
-
-class Valley(Protocol):
-    """What a budget needs from its curve."""
-
-    @property
-    def log_n(self) -> float:
-        """log N of the lowest point; NaN if there is none."""
-
-    @property
-    def reason(self) -> str:
-        """Why there is no lowest point; empty if there is one."""
-
-    def value(self, log_n: Floats) -> Floats:
-        """Loss at ``log_n``."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,13 +102,28 @@ class Akima:
         return np.asarray(self.spline(log_n), dtype=np.float64)
 
 
+def places(log_n: Floats) -> NDArray[np.int64]:
+    """Which distinct N each point has: 0, 1, … by growing N; those of one lie within ``NEAR``.
+
+    From the smallest up, a place takes what lies within 5 % of its own smallest N, so that a row of
+    N in small steps is many places and not one.
+    """
+    order = np.argsort(log_n, kind="stable")
+    which = np.empty(len(log_n), np.int64)
+    place, start = -1, -np.inf
+    for i in order:
+        # Rounding must not decide about N exactly 5 % apart.
+        if log_n[i] - start > NEAR + 1e-9:
+            place, start = place + 1, log_n[i]
+        which[i] = place
+    return which
+
+
 def fit_valley(log_n: Floats, loss: Floats, method: ValleyMethod) -> Parabola | Akima | None:
     """The curve of one budget; None with fewer distinct N than ``LEAST``."""
-    places, which = np.unique(log_n, return_inverse=True)
-    if method == "spline":
-        which = np.cumsum(np.append(False, np.diff(places) > NEAR))[which]
-        places = np.bincount(which, log_n) / np.bincount(which)
-    if len(places) < LEAST[method]:
+    which = places(log_n)
+    count = np.bincount(which)
+    if len(count) < LEAST[method]:
         return None
     if method == "parabola":
         centre, scale = float(log_n.mean()), float(np.exp(np.log(loss).mean()))
@@ -133,11 +136,11 @@ def fit_valley(log_n: Floats, loss: Floats, method: ValleyMethod) -> Parabola | 
 
     from scipy.interpolate import Akima1DInterpolator
 
-    mean = np.bincount(which, loss) / np.bincount(which)
-    spline = Akima1DInterpolator(places, mean)
+    knots, mean = np.bincount(which, log_n) / count, np.bincount(which, loss) / count
+    spline = Akima1DInterpolator(knots, mean)
     turns = np.asarray(spline.derivative().roots(extrapolate=False), dtype=np.float64)
-    turns = turns[np.isfinite(turns) & (turns > places[0]) & (turns < places[-1])]
-    candidates = np.concatenate([places[[0, -1]], turns])
+    turns = turns[np.isfinite(turns) & (turns > knots[0]) & (turns < knots[-1])]
+    candidates = np.concatenate([knots[[0, -1]], turns])
     lowest = int(np.argmin(spline(candidates)))
     if lowest < 2:
         end = ("smallest", "largest")[lowest]

@@ -13,7 +13,7 @@ from scipy.stats import chi2, t
 from analysis import DataError, fit_power_law
 from analysis.isoflop import IsoFlop, fit_isoflop
 from analysis.plots import figure, styled, to_svg
-from analysis.valleys import Akima, Parabola, fit_valley
+from analysis.valleys import NEAR, Akima, Parabola, fit_valley, places
 
 FLOPS = np.geomspace(6e18, 1e21, 6)
 
@@ -249,7 +249,7 @@ def test_budgets_by_tolerance_and_by_label() -> None:
     labels = np.repeat(list("abcdef"), 6)
     named = fit_isoflop(data["params"], data["loss"], flops=data["flops"] * wide, budget=labels)
     assert len(named.budgets) == 6
-    with pytest.raises(DataError, match="budgets run into one another: rows"):
+    with pytest.raises(DataError, match=r"budgets run into one another: rows .* --budget, --tolerance"):
         fit_isoflop(data["params"], data["loss"], flops=np.geomspace(1e18, 3e18, 36))
 
 
@@ -281,6 +281,91 @@ def test_spline_does_not_trust_points_that_lie_too_close() -> None:
     apart = fit_valley(z, np.array([3.07, 2.94, 2.94, 3.02, 2.97, 3.06]), "spline")
     assert isinstance(apart, Akima)
     assert "dips far below" in apart.reason
+
+
+@given(st.lists(st.floats(-2, 2), min_size=1, max_size=30))
+@settings(max_examples=50, deadline=None)
+def test_places_are_no_wider_than_five_percent_and_no_more_than_needed(log_n: list[float]) -> None:
+    at = np.array(log_n)
+    which = places(at)
+    assert set(which) == set(range(which.max() + 1))
+    starts = [at[which == k].min() for k in range(which.max() + 1)]
+    for k, start in enumerate(starts):
+        assert np.ptp(at[which == k]) <= NEAR + 1e-9
+        assert k == 0 or start - starts[k - 1] > NEAR
+
+
+@pytest.mark.parametrize("method", ["parabola", "spline"])
+def test_seeds_whose_n_differ_by_rounding_are_one_size(method: Any) -> None:
+    """N = {n, 1.001 n, 6.3 n}: whatever the noise, that budget has no minimum and the others the law."""
+    truth, noise = Chinchilla(), np.random.default_rng(7)
+    data = sweep(truth, 0.5, per=5)
+    C = np.append(data["flops"], np.full(3, 4e21))
+    N = np.append(data["params"], truth.optimum(4e21) * np.array([0.4, 0.4004, 2.52]))
+    exact = truth.value(N, C / 6 / N)
+    for _ in range(20):
+        L = exact * np.exp(0.002 * noise.normal(size=len(N)))
+        iso = fit_isoflop(N, L, flops=C, method=method)
+        assert iso.budgets[-1].reason.startswith("2 distinct N")
+        assert iso.table["distinct"].tolist() == [5] * 6 + [2]
+        rest = slice(0, -3)
+        assert iso.params == fit_isoflop(N[rest], L[rest], flops=C[rest], method=method).params
+
+
+@pytest.mark.parametrize("method", ["parabola", "spline"])
+def test_small_steps_of_n_do_not_chain_into_one_size(method: Any) -> None:
+    """40 N in steps of 4 %: 20 places, and the valley that a coarser grid has."""
+    C = np.repeat(FLOPS, 40)
+    N = Chinchilla().optimum(C) * np.tile(1.04 ** (np.arange(40) - 19.5), len(FLOPS))
+    iso = fit_isoflop(N, Chinchilla().value(N, C / 6 / N), flops=C, method=method)
+    assert [b.distinct for b in iso.budgets] == [20] * len(FLOPS)
+    assert iso.params["a"] == pytest.approx(Chinchilla().a, abs=1e-3)
+
+
+def test_a_budget_too_poor_for_its_method_is_counted_in_places() -> None:
+    N = np.tile([1e7, 1.001e7, 3e7, 3.003e7, 9e7, 9.009e7], 3)
+    C = np.repeat([1e18, 1e19, 1e20], 6)
+    L = 3 + 0.01 * np.arange(18)
+    with pytest.raises(DataError, match=r"spline needs 5 distinct N .* the fullest has 3, N within 5 %"):
+        fit_isoflop(N, L, flops=C, method="spline")
+
+
+def test_a_fixed_offset_weighs_by_the_variance_of_what_it_fits() -> None:
+    """Weights of L_opt's law against the variance of log(L_opt − E) over drawn noise."""
+    rng = np.random.default_rng(8)
+    data = sweep(Chinchilla(), 0.5, per=5)
+    offset = 1.8172
+    drawn = []
+    for _ in range(200):
+        noisy = data["loss"] * np.exp(0.001 * rng.normal(size=len(data["loss"])))
+        iso = fit_isoflop(data["params"], noisy, flops=data["flops"], loss_offset=offset)
+        drawn.append([np.log(b.loss - offset) for b in iso.budgets])
+    law = fit_isoflop(**data, loss_offset=offset).laws["loss"]
+    product = law.weights * np.var(drawn, axis=0)
+    assert law.weights.max() > 3 * law.weights.min()
+    assert product == pytest.approx(np.full(len(FLOPS), product.mean()), rel=0.3)
+
+
+def test_numpy_bools_are_bools() -> None:
+    data = sweep(Chinchilla(), 0.3)
+    for plain in (True, False):
+        law = fit_isoflop(**data, loss_offset=np.bool_(plain)).laws["loss"]
+        assert law.kind == fit_isoflop(**data, loss_offset=plain).laws["loss"].kind
+        assert law.kind == ("free" if plain else "none")
+
+
+def test_every_law_names_its_own_interval() -> None:
+    data = sweep(Chinchilla(), 0.5, per=5)
+    data["loss"] = data["loss"] * np.exp(0.001 * np.random.default_rng(9).normal(size=30))
+    plain = "Student's t over 6 budgets, 4 degrees of freedom"
+    assert fit_isoflop(**data).interval_method == plain
+    assert fit_isoflop(**data, loss_offset=1.5).interval_method == plain
+    free = fit_isoflop(**data, loss_offset=True)
+    assert free.interval_method == (
+        plain + " (L_opt above its free offset: profile likelihood over 6 budgets, 3 degrees of freedom)"
+    )
+    assert "profile likelihood, 3 degrees of freedom" in free.laws["loss"].interval_method
+    assert free.interval_method in free.summary()
 
 
 def test_shared_runs_have_no_interval_by_spline() -> None:
