@@ -34,9 +34,7 @@ def group_codes(groups: ArrayLike | None, n: int) -> NDArray[np.int64]:
         raise DataError(f"groups: expected {n} labels, one per point, got shape {labels.shape}")
     missing = np.array([label is None or label != label for label in labels.tolist()], dtype=bool)
     if missing.any():
-        raise DataError(
-            f"groups: no label in {rows(missing)}; an interval hangs on which run each row is of"
-        )
+        raise DataError(f"groups: no label in {rows(missing)}; an interval hangs on which run each row is of")
     seen: dict[Any, int] = {}
     return np.array([seen.setdefault(label, len(seen)) for label in labels.tolist()], dtype=np.int64)
 

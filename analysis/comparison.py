@@ -8,9 +8,10 @@
 - Ratio of losses likewise, of log L at one X. The range of the crossing is the set of all X at
   which the interval of that ratio includes 1 (Fieller's way): it covers as the interval does, and
   may be empty, in pieces, or open at the ends of the X searched. It is then said in words.
-- Of 2000 studies of 6 + 6 runs without offset (exponents −0.10 and −0.14) at noise 0.2 % each and
-  0.2 and 0.4 %, the 95 % interval of the difference held in 95.0 and 94.4 %, the crossing's range in
-  95.4 and 94.8 %; of 150 with free offsets, 10 + 10 runs, noise 0.1 %, in 98 and 96 %.
+- Of 1000 studies of 6 + 6 runs without offset (exponents −0.10 and −0.14) at noise 0.2 % each and
+  0.2 and 0.4 %, the 95 % interval of the difference held in 95.1 and 94.3 %, the crossing's range in
+  95.3 and 94.6 %; of 100 with free offsets (−0.20 and −0.30), 10 + 10 runs, noise 0.1 %, in 96 and
+  95 % (``benchmarks/coverage_choices.py compare --studies 1000``).
 - Two laws without offset cross once unless parallel; with offsets up to twice, or never.
 """
 

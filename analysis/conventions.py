@@ -209,6 +209,10 @@ def _per_run(runs: pd.DataFrame, costs: Costs, kind: str, parts: Sequence[str]) 
         of_run = costs[str(name)].get(kind, {})
         if missing := [p for p in parts if p not in of_run]:
             raise DataError(f"costs of {name}: {kind} lacks {missing[0]}")
+        if wrong := [p for p in parts if not isinstance(of_run[p], int | float)]:
+            raise DataError(
+                f"costs of {name}: {kind} has {wrong[0]} = {of_run[wrong[0]]!r}, expected a number"
+            )
         by_name[name] = float(sum(of_run[p] for p in parts))
     return runs["run"].map(by_name).astype(float)
 

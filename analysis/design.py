@@ -143,10 +143,10 @@ def next_run(
 ) -> NextRun:
     """Rank candidate runs by what they would do for one target's interval.
 
-    Measured with ``studies`` of ``tests/analysis/test_design.py``: the half-width of α's interval
+    Measured with ``benchmarks/coverage_choices.py next_run``: the half-width of α's interval
     promised for one more run, over the one that came. 2000 studies without an offset (depths 1 to 5
-    at 0.3 % noise, then depth 12): 0.974 in the mean, 0.944 in the median. 300 with a free offset
-    (eight depths at 0.1 %, profile likelihood after the run): 1.001 and 0.996. Few degrees of freedom
+    at 0.3 % noise, then depth 12): 0.974 in the mean, 0.944 in the median. 285 with a free offset
+    (eight depths at 0.1 %, profile likelihood after the run): 1.000 and 0.994. Few degrees of freedom
     make the present noise, and so the promise, a little small.
 
     Args:

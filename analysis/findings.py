@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from analysis.outlook import look_ahead
 from analysis.plots import number
 from analysis.study import FORMS, Law, Study
 
@@ -111,8 +112,23 @@ def sentences(study: Study) -> list[str]:
     return list(_sentences(study))
 
 
+def _ahead(study: Study) -> Iterator[str]:
+    """The question that a sweep is for, of the depth twice as deep as the largest."""
+    found = [o for o in look_ahead(study) if o.quantity == "loss_last"]
+    if not found:
+        return
+    depth = sorted({o.depth for o in found})[len({o.depth for o in found}) // 2]
+    said = [f"{o.value:.3f} [{o.low:.3f}, {o.high:.3f}] {FORMS[o.offset]}" for o in found if o.depth == depth]
+    size = next(o.params for o in found if o.depth == depth)
+    yield (
+        f"A model of depth {depth} (N = {number(float(f'{size:.3g}'))}), trained the same way, should reach "
+        f"a last-scale loss of {' or '.join(said)}; nobody has trained it."
+    )
+
+
 def _sentences(study: Study) -> Iterator[str]:
     finished = study.finished
+    yield from _ahead(study)
     for quantity in ("loss_last", "loss_avg"):
         for offset, f in study.forecasts.get(quantity, ()):
             if offset and not f.law.converged:

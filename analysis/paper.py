@@ -7,8 +7,9 @@
   repository's issue 23). Levels therefore compare with no other sweep; slopes may be set beside one's own.
 - The two families of eqs. do not fit together as printed. At d16 the four pairs of laws (loss and error,
   last and average) should name one C; they name 2.8e18 to 1.9e21 FLOP. With last and average
-  exchanged in eqs. 13–16 they agree within 12 % (2.9e19 to 3.3e19, at d30 4.9e20 to 5.5e20), as well as
-  two digits allow. ``PAPER_LAWS`` is as printed; ``EXCHANGED`` is that reading.
+  exchanged in eqs. 13–16 they agree within 12 % (2.9e19 to 3.3e19, at d30 4.9e20 to 5.5e20), but
+  by 47 % at d6, 19 % at d12: a likely reading, not a proven one. ``PAPER_LAWS`` is as printed;
+  ``EXCHANGED`` is that reading.
 - The constants were entered without the PDF at hand, from public notes that quote eqs. 11, 13, 14 and
   half of 12; the other half gives the 94.9 % above, and 15 and 16 rest on the agreement just named.
   Hold them against the PDF before quoting them.
@@ -103,7 +104,8 @@ EXCHANGED: Mapping[tuple[str, Axis], PaperLaw] = {
         for quantity, other in _SWAPPED.items()
     },
 }
-"""The same with last scale and average exchanged over C: the reading under which all eight agree."""
+"""The same with last scale and average exchanged over C: all eight then agree within 12 % from d16 to d30,
+but only within 47 % at d6."""
 
 
 def compute_of(

@@ -324,9 +324,7 @@ class ParametricLaw:
             u, v, *rest = np.broadcast_arrays(*(np.log(a) for a in given))
         except ValueError:
             shapes = ", ".join(str(a.shape) for a in given)
-            raise DataError(
-                f"params, tokens (and unique_tokens) do not fit together: {shapes}"
-            ) from None
+            raise DataError(f"params, tokens (and unique_tokens) do not fit together: {shapes}") from None
         return u, v, rest[0] if rest else None
 
     def _repeated(self, unique_tokens: ArrayLike | None) -> None:

@@ -116,6 +116,10 @@ def log_axes(ax: Axes, x: tuple[float, float] | None, y: tuple[float, float] | N
         axis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
 
 
+LINE = 12.0
+"""Height of a line of labels, in pixels at the figures' 100 dots per inch."""
+
+
 def limits(values: Any, below: float = 0.06, above: float = 0.06) -> tuple[float, float]:
     """Log-scale limits around the finite, positive ``values`` with a share of margin on each side."""
     numbers = np.asarray(values, dtype=np.float64).ravel()
@@ -154,7 +158,23 @@ def label(ax: Axes, points: Sequence[tuple[float, float, str, str]], dx: float =
         taken.append(box)
         ax.annotate(
             text, (x, y), (dx * 0.72, dy * 0.72), textcoords="offset points", fontsize=8, color=colour,
-            fontweight="bold", annotation_clip=False, va="center" if dy == 0 else "baseline",
+            fontweight="bold", annotation_clip=False,
+        )  # fmt: skip
+
+
+def label_ends(ax: Axes, points: Sequence[tuple[float, float, str, str]]) -> None:
+    """Write text to the right of curves' ends (x, y, text, colour), pushed apart where they would overlap."""
+    order = sorted(points, key=lambda p: p[1])
+    wanted = np.array([ax.transData.transform(p[:2])[1] for p in order])
+    # The nearest heights at least one line apart: running maximum from below, centred on what was wanted.
+    step = LINE * np.arange(len(order))
+    above = np.maximum.accumulate(wanted - step)
+    below = np.minimum.accumulate((wanted - step)[::-1])[::-1]
+    placed = (above + below) / 2 + step
+    for (x, y, text, colour), height, at in zip(order, placed, wanted, strict=True):
+        ax.annotate(
+            text, (x, y), (4.5, (height - at) * 0.72), textcoords="offset points", fontsize=8, color=colour,
+            fontweight="bold", annotation_clip=False, va="center",
         )  # fmt: skip
 
 
@@ -245,7 +265,7 @@ def curves_figure(frame: pd.DataFrame, quantity: str) -> Figure:
     fig, ax = figure(f"{title}, while training", X_LABELS["tokens"], y_label)
     log_axes(ax, limits(frame["tokens"], 0.03, 0.09), limits(frame[quantity]))
     ends = _curves(ax, frame, "tokens", quantity)
-    label(ax, sorted(ends, key=lambda e: e[1]), dx=5, dy=0)
+    label_ends(ax, ends)
     return fig
 
 
@@ -264,7 +284,7 @@ def scales_figure(final: pd.DataFrame, quantity: str, scales: Sequence[int]) -> 
     ax.set_xticks(at, [f"{s}×{s}" for s in scales], rotation=0 if len(scales) <= 6 else 40)
     ax.set_xlim(-0.2, len(scales) - 1 + 0.09 * len(scales))
     ends = [(at[-1], line[-1], f"d{d}", c) for d, line, c in zip(depths, lines, colours, strict=True)]
-    label(ax, sorted(ends, key=lambda e: e[1]), dx=6, dy=0)
+    label_ends(ax, ends)
     return fig
 
 

@@ -1,7 +1,8 @@
 """A sweep's folders into one tidy table (``analysis.tables`` reads anyone's).
 
 Nothing is dropped in silence: unfinished and failed runs, runs without an evaluation and NaN
-losses are kept (or, where there is nothing to keep, counted) and named in ``frame.attrs["notes"]``.
+losses, which the records hold as null, are kept (or, where there is nothing to keep, counted) and
+named in ``frame.attrs["notes"]``.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ def load_runs(sweep_folder: str | Path) -> pd.DataFrame:
     """One row per evaluation of every run of a sweep, in the sweep's order and by step.
 
     Columns: ``COLUMNS``; loss in nats per token, error 0 to 1, FLOPs exact and 6ND. ``final``
-    marks the last evaluation of a run whose state is ``done``. A standard error that was recorded
-    as null (one image has none) is NaN. ``attrs["notes"]`` says in words what is unfinished,
-    missing or not finite.
+    marks the last evaluation of a run whose state is ``done``. A loss, error rate or standard error
+    that was recorded as null (a diverged run; one image has no standard error) is NaN. ``attrs["notes"]``
+    says in words what is unfinished, missing or not finite.
 
     Raises:
         RecordsError: no such folder, no runs, no evaluation at all, a record or config without
@@ -100,7 +101,7 @@ def _load_run(folder: RunFolder) -> tuple[dict[str, Any], list[dict[str, Any]]]:
                 f"{file}: the evaluation at step {record.get('step')} lacks {', '.join(missing)}"
             )
         values = {key: record[key] for key in (*NUMBERS, *LISTS)}
-        values |= {key: math.nan for key in STANDARD_ERRORS if values[key] is None}
+        values |= {key: math.nan for key in (*QUANTITIES, *STANDARD_ERRORS) if values[key] is None}
         wrong = [k for k in NUMBERS if isinstance(values[k], bool) or not isinstance(values[k], int | float)]
         if wrong:
             raise RecordsError(

@@ -20,9 +20,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from analysis import findings, plots
+from analysis.files import write_bytes
+from analysis.outlook import Outlook, look_ahead
 from analysis.study import Law, Study, make_study, usable
 from scaling.records import RecordsError, RunFolder, read_json, write_atomic, write_json
 
+OUTLOOK = ("loss_last_plain", "loss_last_offset", "loss_avg_plain", "loss_avg_offset")
 PICTURE_BYTES = 400_000
 """A picture above this is embedded as a smaller JPEG; the file itself stays where it is."""
 
@@ -41,7 +44,8 @@ def make_report(sweep_folder: str | Path, flops: Literal["flops", "flops_6nd"] =
     from markupsafe import Markup
 
     study = make_study(sweep_folder, flops)
-    tokenizer, samples = _tokenizer(study), _samples(study)
+    notes = list(study.notes)
+    tokenizer, samples = _tokenizer(study, notes), _samples(study, notes)
     target = study.folder / "report"
     figures = target / "figures"
     figures.mkdir(parents=True, exist_ok=True)
@@ -51,18 +55,20 @@ def make_report(sweep_folder: str | Path, flops: Literal["flops", "flops_6nd"] =
             fig = make()
             svg = plots.to_svg(fig)
             write_atomic(figures / f"{name}.svg", svg)
-            (figures / f"{name}.png").write_bytes(plots.to_png(fig))
+            write_bytes(figures / f"{name}.png", plots.to_png(fig))
             drawn[name] = {"caption": caption, "svg": Markup(_inline(svg, name, study))}
     for stale in figures.iterdir():
         if stale.stem not in drawn and stale.suffix in (".svg", ".png"):
             stale.unlink()
-    write_json(target / "fits.json", study.to_json())
+    outlook = look_ahead(study)
+    write_json(target / "fits.json", study.to_json() | {"outlook": [o.to_json() for o in outlook]})
     laws = [_law_row(row) for row in study.laws]
     methods = list(dict.fromkeys(row["method"] for row in laws if row["method"]))
     for row in laws:
         row["mark"] = "abcdefghijklmnopqrstuvwxyz"[methods.index(row["method"])] if row["method"] else ""
     context = {
         "study": study,
+        "notes": notes,
         "figures": drawn,
         "groups": _groups(drawn),
         "headline": findings.headline(study),
@@ -71,6 +77,7 @@ def make_report(sweep_folder: str | Path, flops: Literal["flops", "flops_6nd"] =
         "laws": laws,
         "methods": list(zip("abcdefghijklmnopqrstuvwxyz", methods, strict=False)),
         "forecasts": _forecast_rows(study),
+        "outlook": _outlook_rows(outlook),
         "conventions": _convention_rows(study),
         "tokenizer": tokenizer,
         "samples": samples,
@@ -258,6 +265,19 @@ def _law_row(row: Law) -> dict[str, Any]:
     return cells
 
 
+def _outlook_rows(outlook: tuple[Outlook, ...]) -> list[dict[str, str]]:
+    """A row per depth, a cell per loss and form."""
+    rows: dict[int, dict[str, str]] = {}
+    for o in outlook:
+        start = {"depth": f"d{o.depth}", "params": plots.number(float(f"{o.params:.4g}"))}
+        start["flops"] = plots.number(float(f"{o.flops:.3g}"))
+        cells = rows.setdefault(o.depth, start | dict.fromkeys(OUTLOOK, "–"))
+        cells[f"{o.quantity}_{'offset' if o.offset else 'plain'}"] = (
+            f"{o.value:.4f} [{o.low:.4f}, {o.high:.4f}]"
+        )
+    return list(rows.values())
+
+
 def _convention_rows(study: Study) -> list[dict[str, str]]:
     rows = []
     for row in study.conventions:
@@ -315,7 +335,7 @@ def _scales(study: Study) -> list[int]:
     return list(scales) if counts == {len(scales)} else []
 
 
-def _tokenizer(study: Study) -> dict[str, Any]:
+def _tokenizer(study: Study, notes: list[str]) -> dict[str, Any]:
     """Facts and pictures of the tokenizer that the sweep names; ``missing`` says what is not there."""
     link = study.sweep.get("tokenizer")
     if link is None:
@@ -351,12 +371,12 @@ def _tokenizer(study: Study) -> dict[str, Any]:
     return {
         "missing": missing, "name": folder.name, "facts": scalars, "columns": list(lists), "scales": table,
         "hash": facts.get("content_hash", ""),
-        "picture": _picture(folder / "reconstructions.png"),
+        "picture": _picture(folder / "reconstructions.png", notes),
         "path": f"../{link}/reconstructions.png",
     }  # fmt: skip
 
 
-def _samples(study: Study) -> list[dict[str, Any]]:
+def _samples(study: Study, notes: list[str]) -> list[dict[str, Any]]:
     found = []
     for run in sorted(study.runs, key=lambda r: (r["depth"], r["seed"])):
         file = study.folder / run["run"] / "samples.png"
@@ -364,26 +384,31 @@ def _samples(study: Study) -> list[dict[str, Any]]:
             {
                 "depth": run["depth"],
                 "seed": run["seed"],
-                "picture": _picture(file),
+                "picture": _picture(file, notes),
                 "path": f"../{run['run']}/samples.png",
             }
         )
     return found
 
 
-def _picture(file: Path) -> str | None:
-    """A data URI, or None when there is no such file."""
+def _picture(file: Path, notes: list[str]) -> str | None:
+    """A data URI, or None when there is no such file, or a damaged one, which is noted."""
     if not file.exists():
         return None
     data, kind = file.read_bytes(), "png"
     if len(data) > PICTURE_BYTES:
         from PIL import Image
 
-        with Image.open(file) as picture:
-            small = picture.convert("RGB")
-            small.thumbnail((1600, 1600))
-            buffer = io.BytesIO()
-            small.save(buffer, "JPEG", quality=85)
+        try:
+            with Image.open(file) as picture:
+                small = picture.convert("RGB")
+        # Pillow's words for a torn file, a torn compressed part, and a size that only an attack has.
+        except (OSError, ValueError, Image.DecompressionBombError):
+            notes.append(f"{file.parent.name}/{file.name} is damaged or too large; left out")
+            return None
+        small.thumbnail((1600, 1600))
+        buffer = io.BytesIO()
+        small.save(buffer, "JPEG", quality=85)
         data, kind = buffer.getvalue(), "jpeg"
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 

@@ -2,9 +2,8 @@
 
 The report only words and draws what is here; ``Study.to_json`` is ``fits.json``.
 
-- Laws over N use the last evaluation of every finished run. Seeds of one depth share whatever
-  keeps that depth off the law, so where a depth has several, depths are the independent units:
-  groups of the laws without an offset (CR2); with one, the depths' geometric means are fitted.
+- Laws over N use the last evaluation of every finished run. Where a depth has several seeds,
+  depths are the independent units (``analysis.seeds``).
 - Laws over C use the Pareto frontier (and, beside it, the log-log lower hull) of all
   evaluations of runs that did not fail; runs are the groups. See ``FRONTIER_CAUTION``.
 - A value that has no logarithm is left out of the laws of its quantity, not of the others'.
@@ -12,21 +11,23 @@ The report only words and draws what is here; ``Study.to_json`` is ``fits.json``
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from analysis.conventions import conventions_table, load_costs
+from analysis.conventions import Costs, conventions_table, load_costs
 from analysis.errors import DataError
+from analysis.files import plain
 from analysis.forecast import Forecast, backtest
 from analysis.frontier import Frontier, pareto_frontier
 from analysis.powerlaw import PowerLaw, fit_power_law
 from analysis.records import QUANTITIES, read_sweep
-from scaling.records import RecordsError, read_json
+from analysis.seeds import fit_seeds
+from analysis.tidy import repeated_data
+from scaling.records import RecordsError, RunFolder, read_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -40,6 +41,8 @@ FRONTIER_CAUTION = (
     "lie in the middle of a learning-rate schedule, and their intervals mostly say how far the frontier is "
     "from a line"
 )
+CONVENTIONS_OF = "loss_last"
+"""The quantity whose exponents are told under other conventions."""
 WORDS = {"loss_last": "last-scale loss", "loss_avg": "average loss"}
 FORMS = {False: "without an offset", True: "with an offset"}
 
@@ -120,7 +123,7 @@ class Study:
             for quantity, found in self.forecasts.items()
             for offset, f in found
         ]  # fmt: skip
-        value: dict[str, Any] = _plain(
+        value: dict[str, Any] = plain(
             {
                 "sweep": self.name,
                 "commit": self.sweep.get("commit"),
@@ -177,44 +180,62 @@ def make_study(sweep_folder: str | Path, flops: Literal["flops", "flops_6nd"] = 
                 law, problem = _try_fit(frontier.x, frontier.y, offset, groups)
                 laws.append(Law(quantity, flops, kind, offset, law, problem))
     forecasts, problems = _forecasts(frame)
-    notes = (*frame.attrs["notes"], *_cautions(frame))
-    conventions = _conventions(folder, frame)
+    conventions, lacking = _conventions(folder, frame)
+    notes = (*frame.attrs["notes"], *_unreadable(folder, sweep), *_cautions(frame), *lacking)
     return Study(
         folder, sweep, frame, runs, flops, tuple(laws), frontiers, forecasts, problems, conventions, notes
     )
 
 
-def _conventions(folder: Path, frame: pd.DataFrame) -> tuple[dict[str, Any], ...]:
-    quantity = "loss_last"
-    good = frame[usable(frame, quantity) & (frame["state"] != "failed")]
+def _conventions(folder: Path, frame: pd.DataFrame) -> tuple[tuple[dict[str, Any], ...], list[str]]:
+    """The table, by part where all runs have costs that hold; and why it is not."""
+    good = frame[usable(frame, CONVENTIONS_OF) & (frame["state"] != "failed")]
+    names = [str(name) for name in good["run"].unique()]
+    older = [name for name in names if not (folder / name / "costs.json").exists()]
     try:
-        costs = load_costs(folder, [str(name) for name in good["run"].unique()])
-    except RecordsError:  # runs older than costs.json still have the counts that they recorded
-        costs = None
+        if not older:
+            return _convention_rows(good, load_costs(folder, names)), []
+        note = f"{len(older)} of {len(names)} runs have no costs.json: no exponents by part"
+    except RecordsError as error:
+        # One bad file is not to cost the report.
+        note = f"no exponents by part: {str(error).replace(f'{folder}/', '')}"
+    return _convention_rows(good, None), [note]
+
+
+def _convention_rows(good: pd.DataFrame, costs: Costs | None) -> tuple[dict[str, Any], ...]:
     found: list[dict[str, Any]] = []
     for x in ("params", "flops"):
-        table = conventions_table(good, costs, x, quantity, level=LEVEL)
+        table = conventions_table(good, costs, x, CONVENTIONS_OF, level=LEVEL)
         for row in table.to_dict("records"):
-            found.append({"x": x, "quantity": quantity} | {str(key): value for key, value in row.items()})
+            found.append(
+                {"x": x, "quantity": CONVENTIONS_OF} | {str(key): value for key, value in row.items()}
+            )
     return tuple(found)
+
+
+def _unreadable(folder: Path, sweep: Mapping[str, Any]) -> Iterator[str]:
+    """Images that the token cache had to leave out, if it is kept beside the sweep."""
+    root = folder.resolve().parent
+    tokens = (folder / str(sweep.get("tokens", "."))).resolve()
+    if tokens.is_relative_to(root):
+        for split, count in RunFolder(tokens).unreadable().items():
+            yield f"unreadable {split} images left out of the tokens: {count}"
 
 
 def _fit_final(final: pd.DataFrame, quantity: str, offset: bool) -> tuple[PowerLaw | None, str]:
     if not final["params"].duplicated().any():
         return _try_fit(final["params"], final[quantity], offset)
-    if not offset:
-        return _try_fit(final["params"], final[quantity], offset, final["depth"])
-    logs = np.log(final[quantity]).groupby(final["params"])
-    return _try_fit(list(logs.groups), np.exp(logs.mean()), offset, weights=logs.count())
+    try:
+        return fit_seeds(final["params"], final[quantity], final["depth"], offset), ""
+    except DataError as error:
+        return None, str(error)
 
 
-def _try_fit(
-    x: Any, y: Any, offset: bool, groups: Any = None, weights: Any = None
-) -> tuple[PowerLaw | None, str]:
+def _try_fit(x: Any, y: Any, offset: bool, groups: Any = None) -> tuple[PowerLaw | None, str]:
     clustered = groups is not None and len(set(groups)) < len(groups)
     bootstrap = REPLICATES if offset and clustered else 0
     try:
-        return fit_power_law(x, y, offset, weights, groups, bootstrap), ""
+        return fit_power_law(x, y, offset, None, groups, bootstrap), ""
     except DataError as error:
         return None, str(error)
 
@@ -275,9 +296,7 @@ def _cautions(frame: pd.DataFrame) -> Iterator[str]:
     span = final["params"].max() / final["params"].min()
     if len(depths) > 1 and span < 100:
         yield f"N spans ×{span:.3g} only"
-    most = float(final["epochs"].max())
-    if most > 4:
-        yield f"the data were seen up to {most:.3g} times; repeated data are worth less than fresh ones"
+    yield from repeated_data(final["epochs"])
     for quantity, word in WORDS.items():
         means = final.groupby("params")[quantity].mean().to_numpy()
         rises = [
@@ -317,13 +336,3 @@ def _law_json(row: Law) -> dict[str, Any]:
         "converged": law.converged, "status": law.status,
         "data": {"x": law.x.tolist(), "y": law.y.tolist()},
     }  # fmt: skip
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_plain(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

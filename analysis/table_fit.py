@@ -5,25 +5,26 @@
 - Of a sweep the last evaluations of finished runs are fitted, as in its report.
 - Huber's loss for the parametric law, as Hoffmann et al. (2203.15556) fit it; squares for a power
   law, whose intervals then need no bootstrap. IsoFLOP fits parabolas by least squares.
-- Rows of one run are not independent: runs are the groups wherever one has several rows; failing
-  that, seeds of one size are.
+- Rows of one run are not independent: runs are the groups wherever one has several rows. Failing
+  that, the places of the fit (equal N, or equal N and D, ...) are wherever one has several seeds; with
+  an offset the law then goes through their geometric means, as in a sweep's report (``analysis.seeds``).
+- ``--y``, ``--groups`` and ``--budget`` are names of the table's own columns, or what they became.
 """
 
 from __future__ import annotations
 
 import json
-import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from analysis.errors import DataError
+from analysis.errors import DataError, printable
+from analysis.files import plain, write_bytes
 from analysis.records import load_runs
 from analysis.tables import load_table, require
-from analysis.tidy import FORMS, Form, Ready, ready
+from analysis.tidy import FORMS, Form, Ready, ready, rows_of
 from scaling.records import write_atomic, write_json
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ X_LABELS = {
     "params": "parameters N", "tokens": "training tokens D", "flops": "training compute C (FLOP)",
 }  # fmt: skip
 OWN = {
-    "power": ("x", "offset"), "parametric": ("repeated",), "isoflop": ("budget", "tolerance"),
+    "power": ("x", "offset", "at"), "parametric": ("repeated",), "isoflop": ("budget", "tolerance"),
     "power parametric": ("loss_fn", "delta", "bootstrap"),
 }  # fmt: skip
 """Laws -> options that mean something to them only."""
@@ -60,9 +61,12 @@ class FitOptions:
     x: Literal["N", "D", "C"] = "N"
     """The scale X of a power law."""
     y: str | None = None
-    """The column to fit; by default loss, of a sweep loss_last."""
+    """The column to fit, by its name in the table (which chooses between several losses) or here; by default
+    loss, of a sweep loss_last."""
     offset: bool = False
     """A power law with an irreducible part: L = L∞ + (βX)^α."""
+    at: tuple[float, ...] = ()
+    """Also forecast one new run at these values of X, such as 1e9 1e10."""
     loss_fn: Literal["huber", "squared"] | None = None
     """The loss of the residuals of log L; by default squared for power, huber for parametric."""
     delta: float = 1e-3
@@ -70,8 +74,8 @@ class FitOptions:
     bootstrap: int = 0
     """Resamples for intervals, such as 4000; huber needs them, and an offset with several rows per run."""
     groups: str | None = None
-    """Column of what is independent of each other; by default run where one has several rows, else the sizes
-    where one has several seeds."""
+    """Column of what is independent of each other; by default run where one has several rows, else the places
+    of the fit where one has several seeds."""
     level: float = 0.95
     """Of the intervals."""
     budget: str | None = None
@@ -98,6 +102,8 @@ class FitOptions:
             raise DataError(f"--bootstrap must not be negative, got {self.bootstrap}")
         if not self.delta > 0:
             raise DataError(f"--delta must be positive, got {self.delta:g}")
+        if any(not 0 < x < float("inf") for x in self.at):
+            raise DataError(f"--at: expected positive numbers, got {' '.join(f'{x:g}' for x in self.at)}")
         for law, names in OWN.items():
             for name in names if self.law not in law.split() else ():
                 if getattr(self, name) != getattr(FitOptions, name):
@@ -114,42 +120,64 @@ def fit_table(path: str, options: FitOptions) -> str:
 
     Raises:
         RecordsError: as ``load_table`` and ``load_runs``.
-        DataError: a missing column, or a table that cannot carry the law (rows and reasons named).
+        DataError: a missing column, a table that cannot carry the law (rows and reasons named), or
+            ``options.out`` below or instead of a file.
     """
+    _refuse_file(options.out)
     frame, y, conventions = _load(path, options)
+    column, budget = (name and _own(frame, name) for name in (options.groups, options.budget))
     if options.law == "power":
         xs = [AXES[options.x]]
+    elif options.law == "parametric":
+        xs = ["params", "tokens"]
     else:
-        second = "flops" if options.law == "isoflop" and "flops" in frame else "tokens"
-        xs = ["params", second]
+        # D of the table where it has one: C/6N is another.
+        xs = ["params", *([c for c in ("flops", "tokens") if c in frame] or ["tokens"])]
     form: Form = "offset" if options.offset else options.law
     needed = [*xs, *(["unique_tokens"] if options.repeated else []), y]
-    require(frame, [*needed, *(c for c in (options.groups, options.budget) if c)], path)
+    require(frame, [*needed, *(c for c in (column, budget) if c)], path)
     rows = ready(frame, needed, form, options.mixed, options.below)
-    groups, grouping = _groups(rows.frame, options.groups)
+    groups, grouping, seeds = _groups(rows.frame, column, xs)
     try:
-        law = _fit(rows.frame, xs, y, groups, options)
+        law = _fit(rows.frame, xs, y, groups, seeds, budget, options)
     except DataError as error:
         if rows.dropped.empty:
             raise
         # The fits count the rows that they were given.
         raise DataError(f"{error} (counting rows without the {len(rows.dropped)} left out)") from None
+    if seeds and options.offset:
+        grouping += "; the law goes through their geometric means"
     used = {name: conventions.get(name, "as in the table") for name in xs}
+    if options.law == "isoflop":
+        used = {"flops": "C = 6·N·D", "tokens": "D = C/6N"} | used
     notes = [*frame.attrs.get("notes", []), *rows.notes]
     facts = _facts(path, law, form, y, used, grouping, rows, notes, options)
+    if options.at:
+        facts["at"] = _ahead(law, options)
     if options.out is not None:
         folder = Path(options.out)
         write_json(folder / "fit.json", facts)
         _draw(law, folder, xs[0] if options.law == "power" else "flops", y, options.level)
     if options.json:
         return json.dumps(facts, indent=1, allow_nan=False)
-    said = [f"{y} over {' and '.join(xs)}, {path}", law.summary(options.level), f"groups: {grouping}"]
+    said = [f"{y} over {', '.join(xs)}, {path}", law.summary(options.level), f"groups: {grouping}"]
+    for found in facts.get("at", []):
+        bounds = "" if found["low"] is None else f" [{found['low']:.5g}, {found['high']:.5g}] for one new run"
+        said.append(f"at {options.x} = {found['x']:g}: {found['value']:.5g}{bounds}")
     said += [f"{name}: {convention}" for name, convention in used.items()]
     said += rows.summary().split("\n")[: 1 + len(rows.counts)]
     said += [f"note: {' '.join(note.split())}" for note in notes]
     if options.out is not None:
         said.append(f"written: {Path(options.out) / 'fit.json'}, fit.svg, fit.png")
-    return "\n".join(_printable(line) for text in said for line in text.split("\n"))
+    return "\n".join(printable(line) for text in said for line in text.split("\n"))
+
+
+def _refuse_file(out: str | None) -> None:
+    """Before the work, not after it."""
+    if out is not None:
+        nearest = next(place for place in (Path(out), *Path(out).absolute().parents) if place.exists())
+        if not nearest.is_dir():
+            raise DataError(f"--out {out}: {nearest} is a file, expected a folder")
 
 
 def _load(path: str, options: FitOptions) -> tuple[pd.DataFrame, str, dict[str, str]]:
@@ -158,8 +186,10 @@ def _load(path: str, options: FitOptions) -> tuple[pd.DataFrame, str, dict[str, 
         if options.derive:
             raise DataError("--derive does nothing for a sweep: its records have N, D and C")
         return load_runs(path), options.y or "loss_last", SWEEP_CONVENTIONS
-    frame = load_table(path, options.derive)
-    y = options.y or ("loss" if "loss" in frame or "loss_last" not in frame else "loss_last")
+    frame = load_table(path, options.derive, options.y)
+    if options.y is not None:
+        return frame, _own(frame, options.y), frame.attrs["conventions"]
+    y = "loss" if "loss" in frame or "loss_last" not in frame else "loss_last"
     return frame, y, frame.attrs["conventions"]
 
 
@@ -170,28 +200,40 @@ def _is_sweep(folder: Path) -> bool:
     )
 
 
-def _groups(frame: pd.DataFrame, column: str | None) -> tuple[np.ndarray | None, str]:
-    """What is independent of each other, and in words."""
+def _own(frame: pd.DataFrame, name: str) -> str:
+    """What a column of the table is called now."""
+    return name if name in frame else str(frame.attrs.get("names", {}).get(name, name))
+
+
+def _groups(frame: pd.DataFrame, column: str | None, xs: list[str]) -> tuple[np.ndarray | None, str, bool]:
+    """What is independent of each other, in words, and whether it is the places of seeds."""
     if column is not None:
-        return frame[column].to_numpy(), f"column '{column}'"
+        if (missing := frame[column].isna()).any():
+            raise DataError(f"groups: column '{column}' is missing in {rows_of(frame[missing])}")
+        return frame[column].to_numpy(), f"column '{column}'", False
     if "run" in frame and frame["run"].notna().all() and frame["run"].duplicated().any():
-        return frame["run"].to_numpy(), "runs, of which some have several rows"
-    if {"seed", "params"} <= set(frame.columns):
-        seeds = frame.groupby("params")["seed"].nunique()
-        if seeds.max() > 1 and len(seeds) > 2:
-            return frame["params"].to_numpy(), "sizes, of which some have several seeds"
-    return None, "none, every row is taken as independent"
+        return frame["run"].to_numpy(), "runs, of which some have several rows", False
+    if "seed" in frame and frame.groupby(xs)["seed"].nunique().max() > 1:
+        places = frame.groupby(xs).ngroup().to_numpy()
+        return places, f"rows of equal {' and '.join(xs)}, of which some have several seeds", True
+    return None, "none, every row is taken as independent", False
 
 
-def _fit(frame: pd.DataFrame, xs: list[str], y: str, groups: np.ndarray | None, options: FitOptions) -> Law:
+def _fit(
+    frame: pd.DataFrame, xs: list[str], y: str, groups: np.ndarray | None, seeds: bool, budget: str | None,
+    options: FitOptions,
+) -> Law:  # fmt: skip
     numbers = {name: frame[name].to_numpy(dtype=np.float64) for name in (*xs, y)}
     if options.law == "power":
         from analysis.powerlaw import fit_power_law
+        from analysis.seeds import fit_seeds
 
-        return fit_power_law(
-            numbers[xs[0]], numbers[y], options.offset, None, groups, options.bootstrap,
-            loss_fn=options.loss_fn or "squared", delta=options.delta,
-        )  # fmt: skip
+        how: dict[str, Any] = {
+            "bootstrap": options.bootstrap, "loss_fn": options.loss_fn or "squared", "delta": options.delta,
+        }  # fmt: skip
+        if seeds and groups is not None:
+            return fit_seeds(numbers[xs[0]], numbers[y], groups, options.offset, **how)
+        return fit_power_law(numbers[xs[0]], numbers[y], options.offset, None, groups, **how)
     if options.law == "parametric":
         from analysis.parametric import fit_parametric
 
@@ -205,7 +247,7 @@ def _fit(frame: pd.DataFrame, xs: list[str], y: str, groups: np.ndarray | None, 
     return fit_isoflop(
         numbers["params"], numbers[y], numbers.get("tokens"), numbers.get("flops"),
         tolerance=options.tolerance, groups=groups,
-        budget=frame[options.budget].to_numpy() if options.budget else None,
+        budget=frame[budget].to_numpy() if budget else None,
     )  # fmt: skip
 
 
@@ -235,8 +277,28 @@ def _facts(
         },
         "notes": notes,
     }  # fmt: skip
-    plain: dict[str, Any] = _plain(value)
-    return plain
+    facts: dict[str, Any] = plain(value)
+    return facts
+
+
+def _ahead(law: Law, options: FitOptions) -> list[dict[str, float | None]]:
+    """The law's value at ``options.at``, with the interval of one new run where there is one; nothing
+    from a fit that failed."""
+    from analysis.powerlaw import PowerLaw
+
+    assert isinstance(law, PowerLaw)  # ``at`` means nothing to the others, and is refused
+    if not law.converged:
+        return []
+    values = law.value(options.at).tolist()
+    if law.no_interval(options.level):
+        return [
+            {"x": x, "value": v, "low": None, "high": None} for x, v in zip(options.at, values, strict=True)
+        ]
+    said = law.predict(options.at, options.level, observation=True)
+    return [
+        {"x": x, "value": v, "low": low, "high": high}
+        for x, v, low, high in zip(options.at, values, said.low.tolist(), said.high.tolist(), strict=True)
+    ]
 
 
 def _draw(law: Law, folder: Path, x: str, y: str, level: float) -> None:
@@ -255,22 +317,4 @@ def _draw(law: Law, folder: Path, x: str, y: str, level: float) -> None:
             ax.legend(loc="best")
         svg, png = plots.to_svg(fig), plots.to_png(fig)
     write_atomic(folder / "fit.svg", svg)
-    # Beside its place first, as ``write_atomic`` does with text.
-    aside = folder / f".fit.png.{os.getpid()}"
-    aside.write_bytes(png)
-    aside.replace(folder / "fit.png")
-
-
-def _printable(line: str) -> str:
-    """Names from a table may hold anything, escape sequences of a terminal too."""
-    return "".join(c if c.isprintable() else "?" for c in line)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    if isinstance(value, float | np.floating):
-        return float(value) if math.isfinite(value) else None
-    return value
+    write_bytes(folder / "fit.png", png)

@@ -3,13 +3,16 @@
 - CSV, TSV, JSON Lines, parquet, and Weights & Biases: a project (``wandb:entity/project``) or the
   offline files in a folder.
 - Names are compared without case and punctuation, so ``Model Size``, ``model_size`` and
-  ``modelSize`` are one; ``eval/`` and ``val/`` before a known name are taken off. Synonyms are
+  ``modelSize`` are one; ``eval/`` and ``val/`` before a known name are taken off, ``eval_`` and
+  ``val_`` before losses and error rates only: ``val_tokens`` were not trained on. Synonyms are
   those of Chinchilla's, Epoch's, Porian's, Gemstones', DataDecide's and OLMo's tables.
 - What counts as N moves exponents, so ``params_total``, ``params_non_embedding`` and
   ``params_active`` stay apart from ``params``; one stands in for it, with a note, only where the
-  table has no plain N. A training loss stands in for a loss alike.
+  table has no plain N. A training loss stands in for a loss alike. A model's name stands in for a
+  run unless it is one for all rows; its seeds are runs of their own.
 - ``1.3B``, ``20M``, ``1,300,000`` are read in columns of counts only; units in a column's name
-  (``Params (B)``, ``compute (PF-days)``) are applied. Every such reading is a note.
+  (``Params (B)``, ``compute (PF-days)``) are applied, and refused where values have one too. Every
+  such reading is a note.
 - Nothing is made up: ``C = 6·N·D`` fills in a missing one of the three only when asked.
 - Rows are counted from 0, the first below the header.
 """
@@ -24,6 +27,8 @@ from collections.abc import Iterable, Mapping
 from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from analysis.errors import DataError, rows
 from analysis.records import COLUMNS, NUMBERS
@@ -91,7 +96,9 @@ COUNTS = (
     *("params", "params_total", "params_non_embedding", "params_active"),
     *("tokens", "unique_tokens", "flops", "flops_6nd", "batch", "step", "horizon"),
 )
-NUMERIC = (*NUMBERS, *COUNTS, "loss", "loss_train", "depth", "width", "lr")
+QUALITIES = ("loss", "error_")
+"""How the names of what a run reached begin; all else says what was run."""
+NUMERIC = tuple(dict.fromkeys((*NUMBERS, *COUNTS, "loss", "loss_train", "depth", "width", "lr")))
 SIX_ND = "6·N·D"
 SMALLEST = 1e4
 """A column of N, D or C that stays below this probably has another unit, or another meaning."""
@@ -112,6 +119,7 @@ _FLOP_UNITS = {
 }
 _PLAIN_UNITS = ("tokens", "params", "parameters", "count", "nats", "nats_per_token", "nats_token", "nat")
 _EVALUATED = re.compile(r"(?:eval|val|valid|validation|test)_")
+_SECTION = re.compile(r"\s*(?:eval|val|valid|validation|test)\s*/", re.I)
 _SUFFIXED = re.compile(
     r"(?P<number>[+-]?(?:\d+\.?\d*|\.\d+))\s*(?P<scale>[a-z]+)(?:\s+(?:params|parameters|tokens))?", re.I
 )
@@ -120,25 +128,29 @@ _POWER = re.compile(
 )
 
 
-def load_table(source: str | Path, derive: bool = False) -> pd.DataFrame:
+def load_table(source: str | Path, derive: bool = False, quantity: str | None = None) -> pd.DataFrame:
     """A table of runs with columns like N, D, C, loss, renamed to DESIGN's words.
 
     Args:
         source: a .csv, .tsv, .jsonl, .ndjson or .parquet file; ``wandb:entity/project``; a
             .wandb file, or a folder with wandb's offline files somewhere below it.
         derive: fill in the one of params, tokens and flops that is missing by C = 6·N·D.
+        quantity: the column to be fitted, by its own name or DESIGN's; by default the loss. Where
+            several columns mean the same, as ``eval/loss`` and ``test/loss`` do, its own name
+            says which to take; of wandb's runs the last record that has it is ``final``.
 
     ``attrs["notes"]`` says in words what was read how: unknown columns (kept as they are), stand-ins,
     units, rows with missing or non-finite numbers (kept, for ``tidy.ready`` to count).
-    ``attrs["conventions"]`` says of params, tokens, flops where each comes from.
+    ``attrs["conventions"]`` says of params, tokens, flops where each comes from, ``attrs["names"]``
+    what every column of the table is called now.
 
     Raises:
         RecordsError: no such file, unknown ending, unreadable, empty, two columns of one
-            meaning, a column of numbers with text in it (the rows are named); wandb: no key, no
-            such project, no readable run.
+            meaning, a column of numbers with text in it or with a unit in both name and values (the
+            rows are named); wandb: no key, no such project, no readable run.
         DataError: ``derive`` without two of the three.
     """
-    frame, notes = _read(source)
+    frame, notes = _read(source, quantity)
     if frame.empty:
         raise RecordsError(f"{source}: the table has no rows")
     named: dict[str, str] = {}
@@ -148,21 +160,28 @@ def load_table(source: str | Path, derive: bool = False) -> pd.DataFrame:
         named[column] = name or column
         if factor != 1:
             factors[named[column]] = (column, factor)
-    known = {*COLUMNS, *SYNONYMS}
+    known = dict.fromkeys((*COLUMNS, *SYNONYMS))
     for key in known:
         if len(same := [column for column, name in named.items() if name == key]) > 1:
-            raise RecordsError(f"{source}: columns {', '.join(same)} all mean '{key}'; keep one")
+            taken = _one_of(same, key, quantity, source)
+            named |= {column: column for column in same if column != taken}
+            factors.pop(key, None)
+            if (factor := meaning(taken)[1]) != 1:
+                factors[key] = (taken, factor)
+            notes.append(f"columns {', '.join(same)} all mean '{key}'; '{taken}' is taken")
     originals = {name: column for column, name in named.items()}
     frame.columns = frame.columns.map(str)
     frame = frame.rename(columns=named)
     for key in NUMERIC:
         if key in frame:
-            frame[key] = _numbers(frame[key], key, source, notes)
+            frame[key] = _numbers(frame[key], key, source, notes, factors[key][0] if key in factors else None)
     for key, (column, factor) in factors.items():
-        frame[key] = frame[key] * factor
+        frame[key] = frame[key].astype("float64") * factor  # 18 EFLOP in whole numbers overflow
         notes.append(f"column '{column}': the unit in its name makes 1 there {factor:g}")
     for key, others in STAND_INS.items():
         found = _first(frame.columns, others)
+        if key == "run" and found is not None and frame[found].nunique() < 2:
+            found = None
         if key not in frame and found is not None:
             notes.append(f"'{originals[found]}' stands in for {key}: the table has no plain {key}")
             originals[key] = originals[found]
@@ -170,6 +189,9 @@ def load_table(source: str | Path, derive: bool = False) -> pd.DataFrame:
                 frame[key] = frame[found]
             else:
                 frame = frame.rename(columns={found: key})
+                named[originals[found]] = key
+            if key == "run" and "seed" in frame and frame["run"].duplicated().any():
+                frame["run"] = frame["run"].astype(str) + " seed " + frame["seed"].astype(str)
     if unknown := [str(c) for c in frame.columns if c not in known]:
         notes.append(f"unknown columns, kept as they are: {', '.join(unknown)}")
     conventions: dict[str, str] = {
@@ -196,7 +218,7 @@ def load_table(source: str | Path, derive: bool = False) -> pd.DataFrame:
                 f"'{originals.get(key, key)}' as {MEANINGS[key]} is {most:g} at most; if it counts in "
                 f"another unit, say so in its name, such as '{key} (B)' for billions"
             )
-    frame.attrs = {"notes": notes, "conventions": conventions}
+    frame.attrs = {"notes": notes, "conventions": conventions, "names": named}
     return frame
 
 
@@ -215,9 +237,11 @@ def meaning(column: str) -> tuple[str | None, float]:
         return (
             (key, math.log(2)) if key.startswith("loss") and unit.startswith("bits_per_token") else (None, 1)
         )
-    for candidate in (base, _EVALUATED.sub("", base, count=1)):
-        if candidate in _KNOWN:
-            return _KNOWN[candidate], 1
+    if base in _KNOWN:
+        return _KNOWN[base], 1
+    evaluated = _KNOWN.get(_EVALUATED.sub("", base, count=1), "")
+    if evaluated and (_SECTION.match(column) or evaluated.startswith(QUALITIES)):
+        return evaluated, 1
     if found := re.fullmatch(r"(\w\w+?)_(?:in_)?(m|b|millions?|billions?)", base):
         key = _KNOWN.get(found[1])
         if key in COUNTS:
@@ -263,17 +287,44 @@ def require(frame: pd.DataFrame, columns: Iterable[str], source: str = "the tabl
         raise DataError(f"{source} has no column '{column}'{word}; it has {has}{hint}")
 
 
-def _read(source: str | Path) -> tuple[pd.DataFrame, list[str]]:
+def plain_column(column: pd.Series[Any]) -> pd.Series[Any]:
+    """The column; of pandas' numbers with a mark for missing ones (``Int64``), as floats with NaN."""
+    import pandas as pd
+
+    if isinstance(column.dtype, np.dtype) or not pd.api.types.is_numeric_dtype(column):
+        return column
+    if pd.api.types.is_bool_dtype(column):
+        return column
+    values = column.to_numpy(dtype=np.float64, na_value=np.nan)
+    return pd.Series(values, index=column.index, name=column.name)
+
+
+def _one_of(same: list[str], key: str, quantity: str | None, source: str | Path) -> str:
+    """Which of several columns of one meaning to take: the one to be fitted, or of the same section."""
+    if quantity in same:
+        return quantity
+    losses = key.startswith(QUALITIES)
+    bare = [column for column in same if not _SECTION.match(column)]
+    if not losses and len(bare) == 1:
+        return bare[0]
+    section = (quantity or "").partition("/")[0]
+    if not losses and len(near := [c for c in same if c.partition("/")[0] == section]) == 1:
+        return near[0]
+    hint = ", or name the one to fit by --y (quantity=...)" if losses or len(bare) < len(same) else ""
+    raise DataError(f"{source}: columns {', '.join(same)} all mean '{key}'; keep one{hint}")
+
+
+def _read(source: str | Path, quantity: str | None) -> tuple[pd.DataFrame, list[str]]:
     import pandas as pd
 
     if str(source).startswith("wandb:"):
-        return to_frame(read_online(str(source).removeprefix("wandb:")), _word)
+        return to_frame(read_online(str(source).removeprefix("wandb:")), _word, _fits, quantity)
     file = Path(source)
     ending = file.suffix.lower()
     if not file.exists():
         raise RecordsError(f"{file}: no such file")
     if file.is_dir() or ending == ".wandb":
-        return to_frame(read_offline(file), _word)
+        return to_frame(read_offline(file), _word, _fits, quantity)
     if ending not in (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet"):
         raise RecordsError(
             f"{file}: expected a .csv, .tsv, .jsonl, .ndjson or .parquet file, a folder of wandb's offline "
@@ -287,7 +338,7 @@ def _read(source: str | Path) -> tuple[pd.DataFrame, list[str]]:
         else:
             frame = pd.DataFrame(_json_lines(file))
     except (ValueError, OSError) as error:
-        raise RecordsError(f"{file}: not a readable {ending[1:]} table ({error})") from None
+        raise DataError(f"{file}: not a readable {ending[1:]} table ({error})") from None
     frame = frame.reset_index(drop=all(name is None for name in frame.index.names))
     # Written by pandas with its row numbers; they would make equal rows look different.
     numbered = [c for c in frame.columns if str(c).startswith("Unnamed: ")]
@@ -297,7 +348,8 @@ def _read(source: str | Path) -> tuple[pd.DataFrame, list[str]]:
 
 def _json_lines(file: Path) -> list[dict[str, Any]]:
     found = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    # Not splitlines: U+2028 and its like end no line of JSON.
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -310,19 +362,28 @@ def _json_lines(file: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _numbers(column: pd.Series[Any], key: str, source: str | Path, notes: list[str]) -> pd.Series[Any]:
-    """The column as numbers; text that is none is refused by row, values with a unit are noted."""
+def _numbers(
+    column: pd.Series[Any], key: str, source: str | Path, notes: list[str], scaled: str | None
+) -> pd.Series[Any]:
+    """The column as numbers; text that is none is refused by row, values with a unit are noted.
+
+    ``scaled`` is the column's own name where that has a unit: then the values may have none.
+    """
     import pandas as pd
 
     if pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column):
+        column = plain_column(column)
         return column if column.dtype.kind in "iuf" else column.astype("float64")
     values: list[float] = []
     bad: list[str] = []
+    twice: list[str] = []
     worded: list[str] = []
     for row, value in enumerate(column):
         number: float | None = None
         if isinstance(value, str):
             number = parse_number(value, key in COUNTS) if value.strip() else math.nan
+            if scaled and number is not None and _SUFFIXED.fullmatch(value.strip()):
+                twice.append(f"{row} ({value!r})")
             if number is not None and re.search(
                 r"[a-z,×·*^]", re.sub(r"(?i)nan|inf(inity)?|e", "", value), re.I
             ):
@@ -334,11 +395,13 @@ def _numbers(column: pd.Series[Any], key: str, source: str | Path, notes: list[s
         if number is None:
             bad.append(f"{row} ({value!r})")
         values.append(math.nan if number is None else number)
-    if bad:
-        more = f" and {len(bad) - 6} more" if len(bad) > 6 else ""
-        raise RecordsError(
-            f"{source}: column '{key}' has text where numbers belong, row {', '.join(bad[:6])}{more}"
-        )
+    for wrong, name, words in (
+        (bad, key, "text where numbers belong"),
+        (twice, scaled, "a unit in its name and another in values"),
+    ):
+        if wrong:
+            more = f" and {len(wrong) - 6} more" if len(wrong) > 6 else ""
+            raise DataError(f"{source}: column '{name}' has {words}, row {', '.join(wrong[:6])}{more}")
     if worded:
         notes.append(f"column '{key}': {len(worded)} values have a unit or marks, read like {worded[0]}")
     return pd.Series(values, index=column.index, dtype="float64")
@@ -369,6 +432,11 @@ def _first(columns: Iterable[Any], wanted: Iterable[str]) -> str | None:
 
 def _word(column: str) -> str | None:
     return meaning(column)[0]
+
+
+def _fits(key: str, value: Any) -> bool:
+    """Whether a value can stand in the column: text that is no number cannot where numbers belong."""
+    return key not in NUMERIC or not isinstance(value, str) or parse_number(value, key in COUNTS) is not None
 
 
 def _normal(name: str) -> str:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from analysis.errors import DataError
-from analysis.tables import require
+from analysis.tables import plain_column, require
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -88,10 +88,15 @@ def ready(
     import pandas as pd
 
     require(frame, columns)
+    frame = frame.copy(deep=False)
+    for column in frame.columns:
+        frame[column] = plain_column(frame[column])
     reasons = pd.Series("", index=range(len(frame)), dtype=object)
 
     def leave_out(mask: Any, reason: str) -> None:
-        reasons[(reasons == "") & np.asarray(mask, dtype=bool)] = reason
+        # A comparison with a missing value is neither true nor false.
+        marked = pd.Series(mask).astype("boolean").fillna(False).to_numpy(dtype=bool)
+        reasons[(reasons == "") & marked] = reason
 
     for column in columns:
         values = frame[column].to_numpy(dtype=np.float64, na_value=np.nan)
@@ -122,8 +127,14 @@ def ready(
 
 def _checkpoints(frame: pd.DataFrame) -> Iterator[Any]:
     """Masks of evaluations in the middle of a schedule."""
-    if "final" in frame and frame["final"].dtype == bool:
-        yield ~frame["final"]
+    if "final" in frame:
+        known = frame["final"].isin([True, False])
+        if not known.all():
+            raise DataError(
+                "column 'final' (the end of its run) must be true or false; "
+                f"{rows_of(frame[~known])} are not, such as {frame['final'][~known].iloc[0]!r}"
+            )
+        yield ~frame["final"].astype(bool)
     elif {"horizon", "step"} <= set(frame.columns):
         early = frame["step"] < frame["horizon"]
         if "schedule" in frame:
@@ -170,14 +181,15 @@ def _refuse_contradictions(frame: pd.DataFrame, quantity: str) -> None:
         first = twice[twice.groupby(key, dropna=False, sort=False).ngroup() == 0]
         found = " and ".join(f"{v:g}" for v in first[quantity][:3])
         raise DataError(
-            f"{_rows(first)} are {words}, with {quantity} {found}; keep one ({len(twice)} rows are so in all)"
+            f"{rows_of(first)} are {words}, with {quantity} {found}; keep one "
+            f"({len(twice)} rows are so in all)"
         )
 
 
 def _mixes(frame: pd.DataFrame) -> Iterator[str]:
     for column, words in (("schedule", "learning-rate schedules"), ("family", "model families")):
         if column in frame and frame[column].nunique() > 1:
-            parts = [f"{name} ({_rows(part)})" for name, part in frame.groupby(column, sort=True)]
+            parts = [f"{name} ({rows_of(part)})" for name, part in frame.groupby(column, sort=True)]
             yield f"the table mixes {len(parts)} {words}: {', '.join(parts)}"
 
 
@@ -189,7 +201,7 @@ def _enough(frame: pd.DataFrame, columns: Sequence[str], form: Form, dropped: pd
         if (have := frame[x].nunique()) < distinct:
             values = ", ".join(f"{v:g}" for v in sorted(frame[x].unique()))
             raise DataError(
-                f"{words} needs {distinct} distinct values of {x} at least; {_rows(frame)} have {have} "
+                f"{words} needs {distinct} distinct values of {x} at least; {rows_of(frame)} have {have} "
                 f"({values}){because}"
             )
     if len(frame) < points:
@@ -220,13 +232,19 @@ def _cautions(frame: pd.DataFrame, columns: Sequence[str], form: Form) -> Iterat
             yield f"{other} differ too (×{spread:.3g}): a law over {columns[0]} alone mixes both effects"
         if columns[0].startswith("flops"):
             yield "a law over C of the runs as they were, not of the best run at each C (see pareto_frontier)"
-    if "epochs" in frame and (most := float(frame["epochs"].max())) > 4:
+    if "epochs" in frame:
+        yield from repeated_data(frame["epochs"])
+
+
+def repeated_data(epochs: pd.Series[float]) -> Iterator[str]:
+    """A caution about many passes over the same data (2305.16264: up to four are nearly harmless)."""
+    if (most := float(epochs.max())) > 4:
         yield f"the data were seen up to {most:.3g} times; repeated data are worth less than fresh ones"
 
 
 def _left_out(dropped: pd.DataFrame) -> list[str]:
     return [
-        f"{len(part)} because {reason} ({_rows(part)})"
+        f"{len(part)} because {reason} ({rows_of(part)})"
         for reason, part in dropped.groupby("reason", sort=False)
     ]
 
@@ -235,7 +253,7 @@ def _because(dropped: pd.DataFrame) -> str:
     return f"; left out: {'; '.join(_left_out(dropped))}" if len(dropped) else ""
 
 
-def _rows(frame: pd.DataFrame) -> str:
+def rows_of(frame: pd.DataFrame) -> str:
     """Row labels, at most six, and the runs that they belong to, at most three."""
     labels = [str(label) for label in frame.index]
     more = f" and {len(labels) - 6} more" if len(labels) > 6 else ""

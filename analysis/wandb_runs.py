@@ -10,7 +10,10 @@
   counts; elsewhere the rows follow each other without a step.
 - Where a project logged evaluations (``eval/…``, ``val/…``), only those records are rows; the
   records of training in between are counted and left out.
-- Of a run's config only what has a meaning here becomes a column: ``model.depth``, ``seed``, ….
+- Of a run's config only what has a meaning here becomes a column: ``model.depth``, ``seed``, …;
+  text where a number belongs (``model_size: small``) is left out and noted.
+- The end of a run is its last record that has the quantity to be fitted: summaries and other
+  evaluations may follow it.
 """
 
 from __future__ import annotations
@@ -120,11 +123,22 @@ def read_offline(path: Path) -> list[WandbRun]:
     return list(runs.values())
 
 
-def to_frame(runs: list[WandbRun], meaning: Callable[[str], str | None]) -> tuple[pd.DataFrame, list[str]]:
+def to_frame(
+    runs: list[WandbRun],
+    meaning: Callable[[str], str | None],
+    fits: Callable[[str, Any], bool],
+    quantity: str | None = None,
+) -> tuple[pd.DataFrame, list[str]]:
     """One row per evaluation, or per record of the history where nothing was evaluated; and notes.
 
-    Columns: run, state, final (the last row of a run that is done), what ``meaning`` knows of the
-    config, and every number or text of the history by its own name.
+    Columns: run, state, final (the last row with the quantity of a run that is done), what ``meaning``
+    knows of the config, and every number or text of the history by its own name.
+
+    Args:
+        runs: with their histories.
+        meaning: a known word for a name, or None.
+        fits: whether a value can stand under a known word.
+        quantity: a name or a known word; by default any loss.
     """
     import pandas as pd
 
@@ -137,11 +151,14 @@ def to_frame(runs: list[WandbRun], meaning: Callable[[str], str | None]) -> tupl
     else:
         kept = {run.name: run.history for run in runs}
     names = {key for rows in kept.values() for row in rows for key in row}
+    fitted = {name for name in names if quantity is not None and quantity in (name, meaning(name))}
+    fitted = fitted or {name for name in names if (meaning(name) or "").startswith("loss")}
     taken = {meaning(name) for name in names}
     found: list[dict[str, Any]] = []
     dropped: set[str] = set()
+    texts: dict[str, str] = {}
     for run in runs:
-        facts = {k: v for k, v in _facts(run, meaning).items() if k not in taken}
+        facts = {k: v for k, v in _facts(run, meaning, fits, texts).items() if k not in taken}
         rows = [
             {"run": run.name, "state": run.state, "final": False, **facts, **_scalars(row, dropped)}
             for row in kept[run.name]
@@ -149,10 +166,15 @@ def to_frame(runs: list[WandbRun], meaning: Callable[[str], str | None]) -> tupl
         if not rows:
             notes.append(f"{run.name} is {run.state} and recorded nothing")
         elif run.state == "done":
-            rows[-1]["final"] = True
+            ends = [row for row in rows if any(row.get(name) is not None for name in fitted)] or rows
+            ends[-1]["final"] = True
         found += rows
     if dropped:
         notes.append(f"values that are neither numbers nor text left out: {', '.join(sorted(dropped))}")
+    notes += [
+        f"the config's {name} has text ('{text}') where a number belongs; left out"
+        for name, text in texts.items()
+    ]
     notes = [*(note for run in runs for note in run.notes), *notes]
     frame = pd.DataFrame(found)
     return frame.dropna(axis=1, how="all"), notes
@@ -249,12 +271,24 @@ def _scalars(row: dict[str, Any], dropped: set[str]) -> dict[str, Any]:
     return kept
 
 
-def _facts(run: WandbRun, meaning: Callable[[str], str | None]) -> dict[str, Any]:
-    """What of the config has a meaning: the shallowest key, ``model.`` and ``train.`` before others."""
+def _facts(
+    run: WandbRun,
+    meaning: Callable[[str], str | None],
+    fits: Callable[[str, Any], bool],
+    texts: dict[str, str],
+) -> dict[str, Any]:
+    """What of the config has a meaning: the shallowest key, ``model.`` and ``train.`` before others.
+
+    ``texts`` gathers what does not fit, by its name.
+    """
     found: dict[str, dict[tuple[int, bool], list[Any]]] = {}
     for path, value in _leaves(run.config):
         key = meaning(path[-1])
-        if key is not None and key not in NOT_OF_A_CONFIG:
+        if key is None or key in NOT_OF_A_CONFIG:
+            continue
+        if not fits(key, value):
+            texts.setdefault(".".join(path), str(value))
+        else:
             rank = (len(path), path[0] not in ("model", "train"))
             found.setdefault(key, {}).setdefault(rank, []).append(value)
     facts = {}

@@ -85,7 +85,7 @@ def many_points(truth: Callable[[Floats], Floats], alpha: float, **options: obje
 STUDIES: dict[str, tuple[Draw, int]] = {
     "no offset, Student's t": (one_point(plain, ALPHA), 1),
     "no offset, 10 points a run, CR2": (many_points(plain, ALPHA), 1),
-    "free offset, profile likelihood": (one_point(with_offset, ALPHA_OFFSET, offset=True), 3),
+    "free offset, profile likelihood": (one_point(with_offset, ALPHA_OFFSET, offset=True), 1),
     "floor reached, profile likelihood": (one_point(plateau, ALPHA_PLATEAU, offset=True), 3),
     "no offset, Huber, bootstrap": (one_point(plain, ALPHA, loss_fn="huber", bootstrap=1000), 8),
     "free offset, 10 points a run, bootstrap": (

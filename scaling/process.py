@@ -225,7 +225,8 @@ def one_line(error: BaseException) -> str:
     if disk_full(error):
         where = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
         return f"the disk is full{where}: free some space and start again; everything finished so far is kept"
-    text = " ".join(str(error).split())
+    # Names from tables and folders may hold anything, escape sequences of a terminal too.
+    text = "".join(c if c.isprintable() else "?" for c in " ".join(str(error).split()))
     if isinstance(error, ConfigError | RecordsError):
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -45,9 +45,10 @@ def sweep(
     pictures: bool = False,
     tokenizer: bool = False,
     name: str = "study",
+    rng_seed: int = 0,
 ) -> Path:
     """Write a sweep; final losses lie on ``law`` (times exp(noise·z))."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(rng_seed)
     folder = root / name
     names = []
     for seed in seeds:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 
-from analysis import load_runs
+from analysis import load_runs, make_report
 from analysis.records import COLUMNS
-from scaling.records import RecordsError
+from scaling.records import RecordsError, RunFolder
 from tests.analysis import fabricate
 
 
@@ -117,3 +118,18 @@ def test_schedule_and_batch_come_from_the_config(tmp_path: Path) -> None:
     assert (frame["batch"] == fabricate.BATCH).all()
     assert frame[frame["depth"] == 2]["schedule"].eq("cos").all()
     assert frame[frame["depth"] == 1]["schedule"].isna().all()
+
+
+def test_a_loss_that_is_no_number_comes_back_as_nan(tmp_path: Path) -> None:
+    """``RunFolder.append`` writes it as null; the run's other quantities keep their laws."""
+    folder = fabricate.sweep(tmp_path, depths=(1, 2, 3, 4))
+    run = RunFolder(folder / "var-d3-s0-0123456789")
+    *before, last = run.metrics()
+    (run.path / "metrics.jsonl").unlink()
+    for record in (*before, last | {"loss_last": math.nan}):
+        run.append(record)
+    run.close()
+    frame = load_runs(folder)
+    assert frame["loss_last"].isna().sum() == 1
+    assert "var-d3" in frame.attrs["notes"][0]
+    assert make_report(folder).is_file()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -82,6 +83,11 @@ def test_no_name_has_two_meanings() -> None:
         ("eval/loss", ("loss", 1)),
         ("val/loss_last", ("loss_last", 1)),
         ("eval/flops", ("flops", 1)),
+        ("val_loss_avg", ("loss_avg", 1)),
+        ("test error_last", ("error_last", 1)),
+        ("val_tokens", (None, 1)),
+        ("Eval Steps", (None, 1)),
+        ("eval_batch_size", (None, 1)),
         ("trainFLOPs", ("flops", 1)),
         ("Training compute (FLOP)", ("flops", 1)),
         ("compute (PF-days)", ("flops", 8.64e19)),
@@ -251,3 +257,82 @@ def test_counts_too_small_to_be_counts_are_questioned(tmp_path: Path) -> None:
     assert "'d' as training tokens D is 30 at most" in said
     assert "'N' as parameters N is 2 at most; if it counts in another unit" in said
     assert "another unit" not in notes(load_table(write(RUNS, tmp_path / "u.csv")))
+
+
+def test_tokens_of_the_validation_set_were_not_trained_on(tmp_path: Path) -> None:
+    frame = RUNS[["params", "loss"]].assign(val_tokens=1e7, train_batch_size=8, eval_batch_size=16)
+    table = load_table(write(frame, tmp_path / "t.csv"))
+    assert "tokens" not in table
+    assert table["batch"].tolist() == [8, 8, 8]
+    with pytest.raises(DataError, match="there is no tokens, no flops"):
+        load_table(tmp_path / "t.csv", derive=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "unit"),
+    [("Compute (EFLOP)", "int64", 1e18), ("compute (PF-days)", "int64", 8.64e19), ("N (B)", "int8", 1e9)],
+)
+def test_a_unit_never_overflows_whole_numbers(tmp_path: Path, name: str, dtype: str, unit: float) -> None:
+    frame = pd.DataFrame({name: np.array([5, 20, 70], dtype=dtype), "loss": [3.0, 2.0, 1.0]})
+    table = load_table(write(frame, tmp_path / "t.parquet"))
+    assert table[meaning(name)[0]].tolist() == [5 * unit, 20 * unit, 70 * unit]
+
+
+def test_a_unit_in_name_and_values_is_refused(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"Params (B)": ["7B", "13", "70 b"], "loss": [3.0, 2.0, 1.0]})
+    with pytest.raises(
+        DataError,
+        match=r"'Params \(B\)' has a unit in its name and another in values, row 0 \('7B'\), 2 \('70 b'\)",
+    ):
+        load_table(write(frame, tmp_path / "t.csv"))
+
+
+@pytest.mark.parametrize("dtype", ["Int64", "Float64"])
+def test_columns_of_pandas_own_numbers_become_plain_ones(tmp_path: Path, dtype: Any) -> None:
+    frame = RUNS.assign(tokens=pd.Series([1, None, 3]).astype(dtype))
+    frame["step"] = pd.Series([np.nan] * 3).astype(dtype)
+    table = load_table(write(frame, tmp_path / "t.parquet"))
+    np.testing.assert_array_equal(table["tokens"], [1, np.nan, 3])
+    assert table["step"].dtype == np.float64
+    assert table.attrs["notes"].count("column 'tokens': 1 row missing or not finite (row 1)") == 1
+
+
+def test_lines_of_json_end_at_line_feeds_only(tmp_path: Path) -> None:
+    file = tmp_path / "t.jsonl"
+    file.write_bytes('{"N": 1e6, "loss": 3, "note": "a\u2028b\u0085c"}\r\n{"N": 2e6, "loss": 2}\n'.encode())
+    assert load_table(file)["note"].tolist()[0] == "a\u2028b\u0085c"
+
+
+def test_of_two_columns_of_one_meaning_the_caller_chooses(tmp_path: Path) -> None:
+    frame = RUNS.drop(columns="loss")
+    sections: Any = {"eval/loss": [3.0, 2.0, 1.0], "test/loss": [4.0, 3.0, 2.0]}
+    sections |= {"eval/step": 1, "test/step": 2}
+    frame = frame.assign(**sections)
+    file = write(frame, tmp_path / "t.csv")
+    with pytest.raises(DataError, match=r"all mean '(step|loss)'; keep one, or name the one to fit by --y"):
+        load_table(file)
+    for section, losses, step in (("eval", [3, 2, 1], 1), ("test", [4, 3, 2], 2)):
+        table = load_table(file, quantity=f"{section}/loss")
+        assert table["loss"].tolist() == losses
+        assert set(table["step"]) == {step}
+        assert f"columns eval/loss, test/loss all mean 'loss'; '{section}/loss' is taken" in notes(table)
+    bare = load_table(write(frame.assign(step=7), tmp_path / "b.csv"), quantity="eval/loss")
+    assert set(bare["step"]) == {7}
+
+
+def test_a_models_name_is_no_run_where_it_says_nothing(tmp_path: Path) -> None:
+    frame = RUNS.drop(columns="run").assign(experiment="baseline")
+    assert "run" not in load_table(write(frame, tmp_path / "a.csv"))
+    seeds = pd.DataFrame({"name": ["a", "a", "b"], "seed": [0, 1, 0], "loss": [2.0, 1.9, 1.0]})
+    table = load_table(write(seeds, tmp_path / "b.csv"))
+    assert table["run"].tolist() == ["a seed 0", "a seed 1", "b seed 0"]
+
+
+def test_names_of_columns_do_not_reach_the_terminal(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"N\x1b[2J": [1.0, 2.0], "N (B)": [1.0, 2.0], "N (M)": [1.0, 2.0]})
+    with pytest.raises(RecordsError) as caught:
+        load_table(write(frame.rename(columns={"N\x1b[2J": "\x1b[2J"}), tmp_path / "t.csv"))
+    assert "\x1b" not in str(caught.value)
+    with pytest.raises(DataError, match="it has ") as caught_too:
+        require(frame, ["params"])
+    assert "\x1b" not in str(caught_too.value)

@@ -12,8 +12,9 @@ import pandas as pd
 import pytest
 
 from analysis import load_runs, load_table
+from analysis.errors import DataError
 from analysis.records import LISTS, NUMBERS
-from analysis.wandb_runs import BLOCK, HEADER
+from analysis.wandb_runs import BLOCK, HEADER, WandbRun
 from scaling.records import RecordsError, RunFolder
 from tests.analysis import fabricate
 
@@ -200,3 +201,43 @@ def test_online_failures_are_told_in_words(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.delenv("NETRC", raising=False)
     with pytest.raises(RecordsError, match="no key; set WANDB_API_KEY or run 'wandb login'"):
         load_table("wandb:me/study")
+
+
+def faked(monkeypatch: pytest.MonkeyPatch, runs: list[WandbRun]) -> None:
+    monkeypatch.setattr("analysis.tables.read_online", lambda project: runs)
+
+
+def test_text_in_a_config_is_left_out_and_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    history = [{"step": 1, "eval/loss": 3.0}]
+    config = {"model_size": "small", "n_params": 7, "seed": 1}
+    faked(monkeypatch, [WandbRun("a", "done", config, history), WandbRun("b", "done", config, history)])
+    table = load_table("wandb:me/study")
+    assert table["params"].tolist() == [7, 7]
+    said = [n for n in table.attrs["notes"] if "model_size" in n]
+    assert said == ["the config's model_size has text ('small') where a number belongs; left out"]
+
+
+def test_two_losses_of_a_project_are_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The end of a run is its last record with the loss that is fitted, whatever follows."""
+    history: list[dict[str, Any]] = [
+        {"step": 1, "eval/loss": 4.0}, {"step": 1, "test/loss": 4.1}, {"step": 2, "eval/loss": 3.0},
+        {"step": 2, "test/accuracy": 0.5},
+    ]  # fmt: skip
+    faked(monkeypatch, [WandbRun("a", "done", {}, history)])
+    with pytest.raises(DataError, match="columns eval/loss, test/loss all mean 'loss'"):
+        load_table("wandb:me/study")
+    for name, final in (("eval/loss", 3.0), ("test/loss", 4.1)):
+        table = load_table("wandb:me/study", quantity=name)
+        assert table["loss"][table["final"]].tolist() == [final]
+
+
+def test_a_summary_after_the_last_loss_is_not_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    history: list[dict[str, Any]] = [{"step": 1, "loss": 4.0}, {"step": 2, "loss": 3.0}, {"total_time": 5.0}]
+    runs = [WandbRun("a", "done", {}, history), WandbRun("b", "failed", {}, history)]
+    faked(monkeypatch, runs)
+    table = load_table("wandb:me/study")
+    assert table["final"].tolist() == [False, True, False, False, False, False]
+    assert (
+        load_table("wandb:me/study", quantity="total_time")["final"].tolist()
+        == [False, False, True] + [False] * 3
+    )

@@ -49,12 +49,14 @@ def test_losses_are_reducible_and_errors_are_not() -> None:
         )
 
 
-@pytest.mark.parametrize("depth", [16, 30])
-def test_the_exchanged_reading_names_one_compute_and_the_printed_one_does_not(depth: int) -> None:
+@pytest.mark.parametrize(("depth", "within"), [(6, 1.48), (12, 1.20), (16, 1.12), (30, 1.13)])
+def test_the_exchanged_reading_nearly_names_one_compute_and_the_printed_one_does_not(
+    depth: int, within: float
+) -> None:
     exchanged = [compute_of(q, params_of(depth), EXCHANGED)[0] for q in QUANTITIES]
     printed = [compute_of(q, params_of(depth))[0] for q in QUANTITIES]
-    assert max(exchanged) / min(exchanged) < 1.15
-    assert max(printed) / min(printed) > 100
+    assert within - 0.02 < max(exchanged) / min(exchanged) < within
+    assert max(printed) / min(printed) > 10
 
 
 def test_exchanging_keeps_the_laws_over_n_and_the_offsets() -> None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from analysis import fit_power_law
-from analysis.plots import depth_colours, draw_law, figure, log_ticks, number
+from analysis.plots import LINE, depth_colours, draw_law, figure, label_ends, log_ticks, number
 
 N = 73728.0 * np.arange(1, 7) ** 3.0
 
@@ -53,3 +53,15 @@ def test_an_unconverged_fit_is_not_drawn() -> None:
     fit_power_law(N, concave).plot(ax)
     assert len(ax.collections) == 1
     assert "α = " in ax.get_legend_handles_labels()[1][0]
+
+
+@given(st.lists(st.floats(0.1, 0.9), min_size=1, max_size=14))
+def test_every_curve_keeps_its_label_in_order(ends: list[float]) -> None:
+    """However close the curves end, each is named, and no two names overlap."""
+    _, ax = figure("t", "x", "y")
+    ax.set_ylim(0, 1)
+    label_ends(ax, [(1.0, y, f"d{i}", "k") for i, y in enumerate(ends)])
+    assert {text.get_text() for text in ax.texts} == {f"d{i}" for i in range(len(ends))}
+    heights = [ax.transData.transform((1.0, t.xy[1]))[1] + t.get_position()[1] / 0.72 for t in ax.texts]
+    assert (np.diff(heights) >= LINE - 1e-6).all()
+    assert [t.xy[1] for t in ax.texts] == sorted(ends)

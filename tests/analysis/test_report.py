@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import subprocess
@@ -9,10 +10,14 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from analysis import make_report
+from analysis.files import plain, write_bytes
 from analysis.findings import headline
+from analysis.report import PICTURE_BYTES
 from analysis.study import make_study
 from scaling.records import RecordsError, write_json
 from tests.analysis import fabricate
@@ -166,3 +171,39 @@ def test_import_is_light() -> None:
         "analysis.make_report; analysis.load_table; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_torn_picture_costs_itself_only(tmp_path: Path) -> None:
+    folder = fabricate.sweep(tmp_path, depths=(1, 2))
+    pixels = np.random.default_rng(0).integers(0, 255, (600, 600, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    torn, junk = (folder / f"var-d{d}-s0-0123456789" / "samples.png" for d in (1, 2))
+    torn.write_bytes(buffer.getvalue()[: len(buffer.getvalue()) // 2])
+    junk.write_bytes(b"no picture" * PICTURE_BYTES)
+    report = make_report(folder)
+    for text in (report.read_text(), (report.parent / "report.md").read_text().replace("\\", "")):
+        for run in (1, 2):
+            assert f"var-d{run}-s0-0123456789/samples.png is damaged or too large; left out" in text
+    assert "img" not in Page(report.read_text()).tags
+
+
+def test_a_picture_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "a.png"
+    write_bytes(file, b"old")
+
+    def torn(path: Path, data: bytes) -> None:
+        path.open("wb").write(data[:1])
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Path, "write_bytes", torn)
+    with pytest.raises(OSError, match="no space"):
+        write_bytes(file, b"new")
+    assert file.read_bytes() == b"old"
+    assert [f.name for f in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_values_of_a_report_are_strict_json() -> None:
+    value = plain({1: [float("nan"), (1.5, np.float64("inf")), "text", None, True]})
+    assert value == {"1": [None, [1.5, None], "text", None, True]}
+    assert json.dumps(value, allow_nan=False)

@@ -161,17 +161,8 @@ def test_what_is_said_of_several_runs_is_what_is_counted(tmp_path: Path) -> None
     assert (row["inside"], row["runs"]) == (2, 3)
 
 
-def test_exponents_under_other_counts_stand_beside_the_law(tmp_path: Path) -> None:
-    """Without costs.json the counts recorded; with it, parts too, each the fit of its own column."""
-    folder = fabricate.sweep(tmp_path, depths=(1, 2, 3, 4, 5), noise=1e-3)
-    bare = make_study(folder).conventions
-    assert [(r["x"], r["params"], r["flops"]) for r in bare] == [
-        ("params", "blocks", "exact"),
-        ("params", "total", "exact"),
-        ("flops", "blocks", "exact"),
-        ("flops", "blocks", "6nd"),
-        ("flops", "total", "6nd"),
-    ]
+def write_costs(folder: Path) -> None:
+    """costs.json of every run, whose parts add up to what was recorded."""
     for run in list_runs(folder):
         record = run.metrics("eval")[-1]
         N, images = record["params"], record["tokens"] // fabricate.SEQ
@@ -191,6 +182,20 @@ def test_exponents_under_other_counts_stand_beside_the_law(tmp_path: Path) -> No
                 "tokens_per_image": fabricate.SEQ,
             }
         )
+
+
+def test_exponents_under_other_counts_stand_beside_the_law(tmp_path: Path) -> None:
+    """Without costs.json the counts recorded; with it, parts too, each the fit of its own column."""
+    folder = fabricate.sweep(tmp_path, depths=(1, 2, 3, 4, 5), noise=1e-3)
+    bare = make_study(folder).conventions
+    assert [(r["x"], r["params"], r["flops"]) for r in bare] == [
+        ("params", "blocks", "exact"),
+        ("params", "total", "exact"),
+        ("flops", "blocks", "exact"),
+        ("flops", "blocks", "6nd"),
+        ("flops", "total", "6nd"),
+    ]
+    write_costs(folder)
     study = make_study(folder)
     rows = {(r["x"], r["params"], r["flops"]): r for r in study.conventions}
     assert len(rows) > len(bare)
@@ -201,3 +206,32 @@ def test_exponents_under_other_counts_stand_beside_the_law(tmp_path: Path) -> No
     assert rows["params", "blocks_without_adaln", "exact"]["exponent"] == pytest.approx(law.alpha, rel=1e-12)
     assert abs(rows["params", "total", "exact"]["moved"]) > 1e-4
     assert study.to_json()["conventions"] == list(study.conventions)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda c: c["flops_per_image"].update(attention=1.0), "they belong to another model"),
+        (lambda c: c["params"].update(qkv="many"), "params has qkv = 'many', expected a number"),
+        (lambda c: c.pop("params"), "expected a JSON object with params"),
+        (lambda c: c.update(tokens_per_image=0), "tokens_per_image is 0"),
+    ],
+)
+def test_one_bad_costs_file_costs_the_parts_only(
+    tmp_path: Path, damage: Callable[[dict[str, Any]], Any], message: str
+) -> None:
+    folder = fabricate.sweep(tmp_path, depths=(1, 2, 3, 4))
+    bare = make_study(folder)
+    assert "4 of 4 runs have no costs.json: no exponents by part" in bare.notes
+    write_costs(folder)
+    assert not [n for n in make_study(folder).notes if "by part" in n]
+    run = list_runs(folder)[1]
+    costs = run.costs()
+    damage(costs)
+    run.write_costs(costs)
+    study = make_study(folder)
+    assert study.conventions == bare.conventions
+    (note,) = [n for n in study.notes if n.startswith("no exponents by part: ")]
+    assert message in note
+    assert "var-d2" in note
+    assert str(tmp_path) not in note

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from analysis import fit_isoflop
 from analysis.errors import DataError
 from analysis.study import make_study
 from analysis.table_fit import FitOptions, fit_table
@@ -162,7 +163,7 @@ def test_a_sweep_is_fitted_as_in_its_report(tmp_path: Path) -> None:
 
 def test_seeds_of_one_size_are_one_group(tmp_path: Path) -> None:
     folder = fabricate.sweep(tmp_path, depths=range(1, 6), seeds=(0, 1), noise=0.002)
-    assert fitted(str(folder))["groups"] == "sizes, of which some have several seeds"
+    assert fitted(str(folder))["groups"] == "rows of equal params, of which some have several seeds"
     frame = power(12).assign(run=np.repeat(list("abcdef"), 2), lab=np.repeat(list("xyz"), 4))
     path = write(frame, tmp_path)
     assert fitted(path)["groups"] == "runs, of which some have several rows"
@@ -256,3 +257,108 @@ def test_hostile_names_stay_on_their_line(tmp_path: Path) -> None:
     text = fit_table(write(frame, tmp_path), FitOptions())
     assert "\x1b" not in text
     assert not any(line.startswith("L = forged") for line in text.split("\n"))
+
+
+def test_isoflop_takes_the_tables_own_tokens(tmp_path: Path) -> None:
+    """C/(N·D) is not 6 everywhere: D_opt of C/6N would be another."""
+    frame = grid()
+    N, C = frame["Model Size"], frame["Training FLOP"]
+    D = C / (N * (6 - 3 * np.log(N / N.min()) / np.log(N.max() / N.min())))
+    facts = fitted(write(frame.assign(tokens=D), tmp_path), law="isoflop")
+    law = fit_isoflop(N, frame["loss"], D, C)
+    assert facts["params"] == pytest.approx(dict(law.params), rel=1e-12)
+    assert facts["conventions"]["tokens"] == "column 'tokens' of the table"
+    without = fitted(write(frame, tmp_path), law="isoflop")
+    assert without["conventions"]["tokens"] == "D = C/6N"
+    assert abs(without["params"]["b"] - facts["params"]["b"]) > 0.01
+    D[3] = np.nan
+    facts = fitted(write(frame.assign(tokens=D), tmp_path), law="isoflop")
+    assert facts["left_out"] == {"tokens is missing or NaN": ["3"]}
+
+
+def seeded(rng: np.random.Generator) -> pd.DataFrame:
+    """Three seeds of five D that are 1 % off the law, seed by seed alike; one N."""
+    D = np.repeat(np.geomspace(1e8, 1e10, 5), 3)
+    off = np.repeat(0.01 * rng.normal(size=5), 3) + 0.0002 * rng.normal(size=15)
+    seed = np.tile([0, 1, 2], 5)
+    return pd.DataFrame({"N": 1e8, "D": D, "seed": seed, "loss": 3 * (D / 1e8) ** -0.05 * np.exp(off)})
+
+
+def test_seeds_are_grouped_by_the_place_of_the_fit(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    hits = 0
+    for _ in range(60):
+        facts = fitted(write(seeded(rng), tmp_path), x="D")
+        low, high = facts["interval"]["alpha"]
+        hits += low <= -0.05 <= high
+    assert facts["groups"] == "rows of equal tokens, of which some have several seeds"
+    assert hits >= 53  # 58; 35 with rows taken as independent
+    twice = pd.concat([grid().assign(seed=0), grid().assign(seed=1)], ignore_index=True)
+    twice["loss"] *= np.exp(1e-4 * rng.normal(size=len(twice)))
+    surface = fitted(write(twice, tmp_path), law="parametric", derive=True, loss_fn="squared")
+    assert surface["groups"] == "rows of equal params and tokens, of which some have several seeds"
+    assert surface["interval"]
+
+
+def test_two_places_with_many_seeds_are_two_points(tmp_path: Path) -> None:
+    frame = seeded(np.random.default_rng(1))
+    with pytest.raises(DataError, match="at least 3 independent groups"):
+        fitted(write(frame[frame["D"] < 1e9].iloc[:6], tmp_path), x="D")
+
+
+def test_seeds_with_an_offset_are_fitted_as_in_the_report(tmp_path: Path) -> None:
+    folder = fabricate.sweep(tmp_path, depths=range(1, 8), seeds=(0, 1, 2), noise=2e-3)
+    facts = fitted(str(folder), offset=True)
+    law = make_study(folder).law("loss_last", offset=True).law
+    assert law is not None
+    assert facts["params"] == pytest.approx(dict(law.params), rel=1e-12)
+    assert facts["no_interval"] == (law.no_interval() or None)
+    assert facts["groups"].endswith("several seeds; the law goes through their geometric means")
+
+
+def test_seeds_of_named_models_are_runs(tmp_path: Path) -> None:
+    frame = seeded(np.random.default_rng(2)).assign(experiment="baseline")
+    frame["name"] = [f"pythia-{d:.0e}" for d in frame["D"]]
+    assert fitted(write(frame, tmp_path), x="D")["groups"].startswith("rows of equal tokens")
+    again = pd.concat([frame, frame.iloc[[0]].assign(loss=2.5)], ignore_index=True)
+    with pytest.raises(DataError, match="keep one"):
+        fitted(write(again, tmp_path), x="D")
+
+
+def test_options_know_the_tables_own_names(tmp_path: Path) -> None:
+    frame = grid().rename(columns={"loss": "val_loss", "Training FLOP": "compute_budget"})
+    path = write(frame.assign(run_id=np.arange(35)), tmp_path)
+    facts = fitted(path, law="isoflop", y="val_loss", budget="compute_budget", groups="run_id")
+    assert facts["y"] == "loss"
+    assert facts["params"] == fitted(write(grid(), tmp_path, "b.csv"), law="isoflop")["params"]
+
+
+def test_groups_with_gaps_are_refused(tmp_path: Path) -> None:
+    frame = power().assign(lab=np.array([*"aabbccddee", None, None], dtype=object))
+    with pytest.raises(DataError, match="'lab' is missing in rows 10, 11"):
+        fitted(write(frame, tmp_path), groups="lab")
+
+
+@pytest.mark.parametrize("out", ["t.csv", "t.csv/below"])
+def test_a_file_where_a_folder_belongs_is_refused_before_the_work(
+    tmp_path: Path, out: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(power(), tmp_path)
+    monkeypatch.setattr("analysis.table_fit._fit", lambda *_: pytest.fail("fitted first"))
+    with pytest.raises(DataError, match=r"--out .*t\.csv is a file, expected a folder"):
+        fit_table(path, FitOptions(out=str(tmp_path / out)))
+
+
+def test_a_law_is_asked_what_comes_next(tmp_path: Path) -> None:
+    path = write(power(), tmp_path)
+    found = fitted(path, at=(1e10, 1e11))
+    law = found["params"]
+    assert [f["x"] for f in found["at"]] == [1e10, 1e11]
+    for f in found["at"]:
+        assert f["value"] == pytest.approx((law["beta"] * f["x"]) ** law["alpha"], rel=1e-9)
+        assert f["low"] < f["value"] < f["high"]
+    assert "at N = 1e+10: " in fit_table(path, FitOptions(at=(1e10,)))
+    with pytest.raises(DataError, match="--at: expected positive numbers, got -1"):
+        FitOptions(at=(-1.0,))
+    with pytest.raises(DataError, match="--at does nothing with --law isoflop"):
+        FitOptions(law="isoflop", at=(1e9,))

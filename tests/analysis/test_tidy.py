@@ -197,3 +197,27 @@ def test_below_leaves_out_the_largest() -> None:
     frame = table()
     edge = float(frame["loss"][2])
     assert ready(frame, below=edge).counts == {f"loss is not below {edge:g}": 3}
+
+
+@pytest.mark.parametrize("final", [pd.array([False, True] * 4, dtype="boolean"), [0, 1] * 4, [0.0, 1.0] * 4])
+def test_final_in_any_spelling_of_true(final: Any) -> None:
+    assert ready(table(final=final)).counts == {"checkpoint before the end of its run": 4}
+
+
+@pytest.mark.parametrize("final", [["yes", "no"] * 4, pd.array([True, None] * 4, dtype="boolean"), [2] * 8])
+def test_final_that_is_neither_true_nor_false_is_refused(final: Any) -> None:
+    with pytest.raises(DataError, match=r"column 'final' .* must be true or false; rows "):
+        ready(table(final=final))
+
+
+def test_missing_values_in_pandas_own_columns() -> None:
+    frame = table(
+        step=pd.array([10, 10, None, 5, 10, 10, 10, 10], dtype="Int64"), horizon=10,
+        state=pd.array(["done", None, *["done"] * 5, "failed"], dtype="string"),
+        epochs=pd.array([None] * 8, dtype="Float64"),
+    )  # fmt: skip
+    frame["loss"] = frame["loss"].astype("Float64")
+    frame.loc[0, "loss"] = pd.NA
+    assert ready(frame, below=100.0).counts == {
+        "loss is missing or NaN": 1, "its run is failed": 1, "checkpoint before the end of its run": 1,
+    }  # fmt: skip
