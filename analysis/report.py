@@ -25,6 +25,8 @@ from analysis.outlook import Outlook, look_ahead
 from analysis.study import Law, Study, make_study, usable
 from scaling.records import RecordsError, RunFolder, read_json, write_atomic, write_json
 
+ROUNDING = 1e-9
+"""An exponent that moves by less has not moved."""
 OUTLOOK = ("loss_last_plain", "loss_last_offset", "loss_avg_plain", "loss_avg_offset")
 PICTURE_BYTES = 400_000
 """A picture above this is embedded as a smaller JPEG; the file itself stays where it is."""
@@ -287,7 +289,7 @@ def _convention_rows(study: Study) -> list[dict[str, str]]:
                 "axis": row["N"] if row["x"] == "params" else row["C"],
                 "points": "final losses" if row["x"] == "params" else "Pareto set",
                 "alpha": _with_interval(row["exponent"], (row["low"], row["high"])) if fitted else "–",
-                "moved": f"{row['moved']:+.2g}" if fitted and row["moved"] else "–",
+                "moved": f"{row['moved']:+.2g}" if fitted and abs(row["moved"]) > ROUNDING else "–",
                 "status": row["status"],
             }
         )
@@ -308,17 +310,21 @@ def _big(log_value: float) -> str:
 
 
 def _forecast_rows(study: Study) -> list[dict[str, Any]]:
-    return [
-        {
-            "quantity": plots.QUANTITIES[quantity][0], "form": "with offset" if offset else "power law",
-            "fitted": f.trained, "predicted": f"{f.predicted:.4f} [{f.low:.4f}, {f.high:.4f}]",
-            "actual": f"{f.actual:.4f}", "error": f"{f.error:+.2%}",
-            "covered": f.verdict,
-            "status": "converged" if f.law.converged else f.law.status,
-        }
-        for quantity, found in study.forecasts.items()
-        for offset, f in found
-    ]  # fmt: skip
+    rows = []
+    for quantity, found in study.forecasts.items():
+        for offset, f in found:
+            row: dict[str, Any] = {
+                "quantity": plots.QUANTITIES[quantity][0], "form": "with offset" if offset else "power law",
+                "fitted": f.trained, "actual": f"{f.actual:.4f}", "status": f.law.status,
+                "predicted": "–", "error": "–", "covered": "–",
+            }  # fmt: skip
+            if f.law.converged:
+                row |= {
+                    "predicted": f"{f.predicted:.4f} [{f.low:.5g}, {f.high:.5g}]",
+                    "error": f"{f.error:+.2%}", "covered": f.verdict, "status": "converged",
+                }  # fmt: skip
+            rows.append(row)
+    return rows
 
 
 # -- what lies beside the records --------------------------------------------------------------

@@ -17,7 +17,7 @@ from PIL import Image
 from analysis import make_report
 from analysis.files import plain, write_bytes
 from analysis.findings import headline
-from analysis.report import PICTURE_BYTES
+from analysis.report import PICTURE_BYTES, _forecast_rows
 from analysis.study import make_study
 from scaling.records import RecordsError, write_json
 from tests.analysis import fabricate
@@ -207,3 +207,12 @@ def test_values_of_a_report_are_strict_json() -> None:
     value = plain({1: [float("nan"), (1.5, np.float64("inf")), "text", None, True]})
     assert value == {"1": [None, [1.5, None], "text", None, True]}
     assert json.dumps(value, allow_nan=False)
+
+
+def test_a_forecast_of_a_fit_that_failed_has_no_numbers(tmp_path: Path) -> None:
+    study = make_study(fabricate.sweep(tmp_path, noise=2e-3))
+    rows = _forecast_rows(study)
+    laws = [f.law for found in study.forecasts.values() for _, f in found]
+    assert {law.converged for law in laws} == {True, False}
+    for row, law in zip(rows, laws, strict=True):
+        assert (row["predicted"] == row["error"] == row["covered"] == "–") == (not law.converged)

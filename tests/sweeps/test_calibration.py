@@ -90,7 +90,8 @@ def test_a_depth_that_finished_gives_its_own_time_and_the_others_are_told_by_the
 ) -> None:
     first = planned(tmp_path)
     work = [calibration.run_flops(config) for config in first.configs]
-    assert work[0] == pytest.approx(first.runs[0].flops * (1 + 12 * 512 / 3 / (first.configs[0].total_steps * 64)))
+    trained = first.configs[0].total_steps * 64
+    assert work[0] == pytest.approx(first.runs[0].flops * (1 + 12 * 512 / 3 / trained))
     calibration.add(speed_of(first, 2, 1e9, 3.0))
     calibration.add(speed_of(first, 4, 1e11, 7.0))
     calibration.add(speed_of(first, 3, 1.0, 1.0, seq_len=680))  # far from 30 tokens: not used
