@@ -1,6 +1,6 @@
 """How often what is chosen and compared is right: simulated studies with known laws.
 
-    python benchmarks/coverage_choices.py allocate --studies 60
+    python benchmarks/coverage_choices.py allocate --studies 300
     python benchmarks/coverage_choices.py compare --studies 1000
     python benchmarks/coverage_choices.py broken --studies 400
     python benchmarks/coverage_choices.py choose --studies 40
@@ -204,7 +204,7 @@ def promises(studies: int) -> Lines:
 
 
 STUDIES: dict[str, tuple[Callable[[int], Lines], int]] = {
-    "allocate": (allocations, 60), "compare": (comparisons, 1000), "broken": (breaks, 400),
+    "allocate": (allocations, 300), "compare": (comparisons, 1000), "broken": (breaks, 400),
     "choose": (choices, 40), "next_run": (promises, 2000),
 }  # fmt: skip
 
