@@ -59,3 +59,10 @@ def same_length(**columns: Sequence[Any] | NDArray[Any]) -> None:
     lengths = {name: len(column) for name, column in columns.items()}
     if len(set(lengths.values())) > 1:
         raise DataError("columns differ in length: " + ", ".join(f"{k} {n}" for k, n in lengths.items()))
+
+
+def check_level(level: float) -> float:
+    """The level of an interval; ``DataError`` unless it lies between 0 and 1."""
+    if not 0 < level < 1:
+        raise DataError(f"level must lie between 0 and 1, got {level}")
+    return level

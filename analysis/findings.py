@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from analysis.outlook import look_ahead
 from analysis.plots import number
 from analysis.study import FORMS, Law, Study
 
@@ -114,11 +113,11 @@ def sentences(study: Study) -> list[str]:
 
 def _ahead(study: Study) -> Iterator[str]:
     """The question that a sweep is for, of the depth twice as deep as the largest."""
-    found = [o for o in look_ahead(study) if o.quantity == "loss_last"]
+    found = [o for o in study.outlook if o.quantity == "loss_last"]
     if not found:
         return
     depth = sorted({o.depth for o in found})[len({o.depth for o in found}) // 2]
-    said = [f"{o.value:.3f} [{o.low:.3f}, {o.high:.3f}] {FORMS[o.offset]}" for o in found if o.depth == depth]
+    said = [f"{o.value:.3f} [{o.low:.4g}, {o.high:.4g}] {FORMS[o.offset]}" for o in found if o.depth == depth]
     size = next(o.params for o in found if o.depth == depth)
     yield (
         f"A model of depth {depth} (N = {number(float(f'{size:.3g}'))}), trained the same way, should reach "
@@ -138,7 +137,7 @@ def _sentences(study: Study) -> Iterator[str]:
             mean = " on average" if f.runs > 1 else ""
             yield (
                 f"Forecast of d{depth} from the {f.trained} smaller depths, {FORMS[offset]}: "
-                f"{NAMES[quantity]} {f.predicted:.4f} [{f.low:.4f}, {f.high:.4f}] for one run; "
+                f"{NAMES[quantity]} {f.predicted:.4f} [{f.low:.5g}, {f.high:.5g}] for one run; "
                 f"it reached {f.actual:.4f}{mean} ({f.error:+.2%}, {f.verdict} the interval)."
             )
     for problem in study.forecast_problems if len(finished) else ():

@@ -15,7 +15,7 @@ import numpy as np
 
 from analysis.errors import Floats
 from analysis.intervals import ProfileInterval
-from analysis.solver import LossFn, Model, Solution, minimise
+from analysis.solver import LossFn, Model, Solution, inverse, minimise
 
 NEAREST = 1e-6
 """L∞ keeps this share of its upper bound away from it."""
@@ -200,17 +200,9 @@ def profile_interval(
         )
         J = np.stack([share, share * z], 2)
         information = np.einsum("n,snp,snq->spq", w, J, J)
-        return 2 * line.objective, line.theta, _inverse(information)
+        return 2 * line.objective, line.theta, inverse(information)
 
     def ceiling(rss: float) -> float:
         return ceiling_of(y, w, rss / 2, "squared", 1.0)
 
     return ProfileInterval(profile, best, ceiling, rss, len(z), centre)
-
-
-def _inverse(information_SPP: Floats) -> Floats:
-    """Scaled to a unit diagonal first; a law that falls only before its second point is nearly singular."""
-    scale = np.sqrt(np.einsum("spp->sp", information_SPP)) + np.finfo(np.float64).tiny
-    outer = scale[:, :, None] * scale[:, None, :]
-    scaled = information_SPP / outer + 1e-14 * np.eye(scale.shape[1])
-    return np.asarray(np.linalg.inv(scaled) / outer)

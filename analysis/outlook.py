@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -19,7 +19,24 @@ from analysis.errors import DataError
 from analysis.ladder import Ladder
 
 if TYPE_CHECKING:
-    from analysis.study import Study
+    import pandas as pd
+
+    from analysis.powerlaw import PowerLaw
+
+
+class Fitted(Protocol):
+    """What this needs of ``analysis.study.Law``."""
+
+    @property
+    def law(self) -> PowerLaw | None:
+        """None where the fit failed."""
+
+
+class Laws(Protocol):
+    """A quantity's law over N over final losses."""
+
+    def __call__(self, quantity: str, *, offset: bool) -> Fitted: ...
+
 
 FACTORS = (1.5, 2.0, 3.0)
 QUANTITIES = ("loss_last", "loss_avg")
@@ -47,16 +64,20 @@ class Outlook:
         return dataclasses.asdict(self)
 
 
-def look_ahead(study: Study, level: float = 0.95) -> tuple[Outlook, ...]:
+def look_ahead(final: pd.DataFrame, laws: Laws, flops_column: str, level: float) -> tuple[Outlook, ...]:
     """Forecasts by every converged law over N that has an interval, by depth, quantity and form.
+
+    Args:
+        final: last evaluations of the finished runs.
+        laws: the fitted laws.
+        flops_column: the convention of C.
 
     Empty where no law does, or where the depth does not fix N.
     """
-    final = study.finished
     if not len(final):
         return ()
     try:
-        ladder = Ladder.from_runs(final, "params", study.flops)
+        ladder = Ladder.from_runs(final, "params", flops_column)
     except DataError:
         return ()
     largest = int(final["depth"].max())
@@ -67,7 +88,7 @@ def look_ahead(study: Study, level: float = 0.95) -> tuple[Outlook, ...]:
     found: list[Outlook] = []
     for quantity in QUANTITIES:
         for offset in (False, True):
-            law = study.law(quantity, offset=offset).law
+            law = laws(quantity, offset=offset).law
             if law is None or not law.converged or law.no_interval(level):
                 continue
             said = law.predict(sizes, level, observation=True)

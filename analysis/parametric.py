@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from analysis.bootstrap import group_codes, group_weights, replicates_note
-from analysis.errors import DataError, Floats, positive, same_length
+from analysis.errors import DataError, Floats, check_level, positive, same_length
 from analysis.intervals import bracket
 from analysis.solver import LossFn, check_loss_fn
 from analysis.surface import Surface
@@ -122,7 +122,7 @@ class ParametricLaw:
 
     def no_interval(self, level: float = 0.95) -> str:
         """Why there is no interval at this level; empty if there is one."""
-        return self.uncertainty.refusal(_level(level)) if self.uncertainty else self._why_none()
+        return self.uncertainty.refusal(check_level(level)) if self.uncertainty else self._why_none()
 
     def interval(self, level: float = 0.95) -> dict[str, tuple[float, float]]:
         """Intervals of the fitted parameters, by name. ∞ or 0 where the data set no bound.
@@ -332,7 +332,7 @@ class ParametricLaw:
             raise DataError("unique_tokens: this law was fitted without repeated data")
 
     def _uncertain(self, level: float) -> SurfaceInterval:
-        if self.uncertainty is None or self.uncertainty.refusal(_level(level)):
+        if self.uncertainty is None or self.uncertainty.refusal(check_level(level)):
             raise DataError("this law has no interval: " + self.no_interval(level))
         return self.uncertainty
 
@@ -466,9 +466,3 @@ def _enough(surface: Surface, N: Floats, D: Floats, L: Floats, unique: Floats | 
         )
     if surface.excess and unique is not None and len(np.unique(np.minimum(unique, D))) < 2:
         raise DataError("excess_params needs at least 2 distinct unique_tokens, got 1")
-
-
-def _level(level: float) -> float:
-    if not 0 < level < 1:
-        raise DataError(f"level must lie between 0 and 1, got {level}")
-    return level

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from analysis.bootstrap import group_codes, group_weights, replicates_note
-from analysis.errors import DataError, Floats, positive, rows
+from analysis.errors import DataError, Floats, check_level, positive, rows
 from analysis.intervals import Interval, ReplicateInterval, bracket, cluster_line, student_line
 from analysis.line_fit import fit_line, fit_offset, pivot_of, polish, profile_interval
 from analysis.solver import LossFn, check_loss_fn
@@ -98,7 +98,7 @@ class PowerLaw:
         """Why there is no interval at this level: Huber's loss, or several points per run with a
         free offset, fitted without ``bootstrap``; too few runs or replicates. Empty if there is one.
         """
-        return self.uncertainty.refusal(_level(level)) if self.uncertainty else _why_none(self)
+        return self.uncertainty.refusal(check_level(level)) if self.uncertainty else _why_none(self)
 
     def interval(self, level: float = 0.95) -> dict[str, tuple[float, float]]:
         """Intervals of the fitted parameters, by name, and of ``log_beta`` (β may overflow).
@@ -106,7 +106,7 @@ class PowerLaw:
         Raises:
             DataError: ``no_interval`` says why.
         """
-        found = self._uncertain(level).params(_level(level))
+        found = self._uncertain(level).params(check_level(level))
         low, high = found["log_beta"]
         with np.errstate(over="ignore"):
             found["beta"] = (float(np.exp(low)), float(np.exp(high)))
@@ -130,7 +130,7 @@ class PowerLaw:
         """
         at = np.atleast_1d(positive(np.atleast_1d(x), "x"))
         z = np.log(at) - self._centre
-        low, high = self._uncertain(level).predict(z, _level(level), observation)
+        low, high = self._uncertain(level).predict(z, check_level(level), observation)
         return Prediction(at, self.value(at), low, high, level, observation)
 
     @property
@@ -179,7 +179,7 @@ class PowerLaw:
         return _centre(np.log(self.x), self.weights)
 
     def _uncertain(self, level: float) -> Interval:
-        if self.uncertainty is None or self.uncertainty.refusal(_level(level)):
+        if self.uncertainty is None or self.uncertainty.refusal(check_level(level)):
             raise DataError("this law has no interval: " + self.no_interval(level))
         return self.uncertainty
 
@@ -324,12 +324,6 @@ def _pearson(u: Floats, v: Floats, w: Floats) -> float:
 def _pearson_above(log_x: Floats, y: Floats, offset: float, w: Floats) -> float:
     above = y > offset
     return _pearson(log_x[above], np.log(y[above] - offset), w[above])
-
-
-def _level(level: float) -> float:
-    if not 0 < level < 1:
-        raise DataError(f"level must lie between 0 and 1, got {level}")
-    return level
 
 
 def _why_none(law: PowerLaw) -> str:

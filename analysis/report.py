@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from analysis import findings, plots
 from analysis.files import write_bytes
-from analysis.outlook import Outlook, look_ahead
+from analysis.outlook import Outlook
 from analysis.study import Law, Study, make_study, usable
 from scaling.records import RecordsError, RunFolder, read_json, write_atomic, write_json
 
@@ -62,8 +62,7 @@ def make_report(sweep_folder: str | Path, flops: Literal["flops", "flops_6nd"] =
     for stale in figures.iterdir():
         if stale.stem not in drawn and stale.suffix in (".svg", ".png"):
             stale.unlink()
-    outlook = look_ahead(study)
-    write_json(target / "fits.json", study.to_json() | {"outlook": [o.to_json() for o in outlook]})
+    write_json(target / "fits.json", study.to_json())
     laws = [_law_row(row) for row in study.laws]
     methods = list(dict.fromkeys(row["method"] for row in laws if row["method"]))
     for row in laws:
@@ -79,7 +78,7 @@ def make_report(sweep_folder: str | Path, flops: Literal["flops", "flops_6nd"] =
         "laws": laws,
         "methods": list(zip("abcdefghijklmnopqrstuvwxyz", methods, strict=False)),
         "forecasts": _forecast_rows(study),
-        "outlook": _outlook_rows(outlook),
+        "outlook": _outlook_rows(study.outlook),
         "conventions": _convention_rows(study),
         "tokenizer": tokenizer,
         "samples": samples,
@@ -275,7 +274,7 @@ def _outlook_rows(outlook: tuple[Outlook, ...]) -> list[dict[str, str]]:
         start["flops"] = plots.number(float(f"{o.flops:.3g}"))
         cells = rows.setdefault(o.depth, start | dict.fromkeys(OUTLOOK, "–"))
         cells[f"{o.quantity}_{'offset' if o.offset else 'plain'}"] = (
-            f"{o.value:.4f} [{o.low:.4f}, {o.high:.4f}]"
+            f"{o.value:.4f} [{o.low:.5g}, {o.high:.5g}]"
         )
     return list(rows.values())
 

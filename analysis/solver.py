@@ -172,3 +172,15 @@ def _solve(hessian_BPP: Floats, gradient_BP: Floats) -> Floats:
     scaled = hessian_BPP / (scale[:, :, None] * scale[:, None, :])
     scaled = scaled + 1e-14 * np.eye(scale.shape[1])
     return np.asarray(np.linalg.solve(scaled, (gradient_BP / scale)[..., None])[..., 0] / scale)
+
+
+def inverse(information: Floats) -> Floats:
+    """Of symmetric matrices (…, P, P), scaled to a unit diagonal first.
+
+    Coordinates differ by orders of magnitude, and a law that falls only before its second point is
+    nearly singular.
+    """
+    scale = np.sqrt(np.einsum("...pp->...p", information)) + np.finfo(np.float64).tiny
+    outer = scale[..., :, None] * scale[..., None, :]
+    scaled = information / outer + 1e-14 * np.eye(scale.shape[-1])
+    return np.asarray(np.linalg.inv(scaled) / outer)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,6 +24,7 @@ from analysis.errors import DataError
 from analysis.files import plain
 from analysis.forecast import Forecast, backtest
 from analysis.frontier import Frontier, pareto_frontier
+from analysis.outlook import Outlook, look_ahead
 from analysis.powerlaw import PowerLaw, fit_power_law
 from analysis.records import QUANTITIES, read_sweep
 from analysis.seeds import fit_seeds
@@ -111,6 +113,11 @@ class Study:
             r for r in self.laws if (r.quantity, r.x, r.points, r.offset) == (quantity, x, points, offset)
         )
 
+    @cached_property
+    def outlook(self) -> tuple[Outlook, ...]:
+        """Forecasts of depths that were not trained (``analysis.outlook``)."""
+        return look_ahead(self.finished, self.law, self.flops, LEVEL)
+
     def to_json(self) -> dict[str, Any]:
         """Plain values, with null where a number is not finite."""
         forecasts = [
@@ -132,6 +139,7 @@ class Study:
                 "laws": [_law_json(row) for row in self.laws],
                 "forecasts": forecasts,
                 "conventions": list(self.conventions),
+                "outlook": [o.to_json() for o in self.outlook],
                 "notes": list(self.notes),
             }
         )

@@ -42,11 +42,6 @@ class Points:
     log_unique: Floats | None
     log_loss: Floats
 
-    def take(self, rows: np.ndarray) -> Points:
-        """Some of the rows."""
-        unique = None if self.log_unique is None else self.log_unique[rows]
-        return Points(self.log_params[rows], self.log_tokens[rows], unique, self.log_loss[rows])
-
 
 def residual_model(surface: Surface, points: Points) -> Model:
     """Residuals and Jacobian for the solver."""

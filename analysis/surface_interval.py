@@ -22,7 +22,7 @@ import numpy as np
 from analysis.bootstrap import expanded_percentile, unresolved
 from analysis.errors import Floats
 from analysis.intervals import Bounds, t_quantile
-from analysis.solver import minimise
+from analysis.solver import inverse, minimise
 from analysis.surface import Surface
 from analysis.surface_fit import Points, residual_model
 
@@ -111,7 +111,7 @@ class Clusters:
 
         ``rho``: None estimates it from the products of residuals within groups.
         """
-        bread = _inverse(X.T @ X)
+        bread = inverse(X.T @ X)
         G, P = int(codes.max()) + 1, X.shape[1]
         members = [np.flatnonzero(codes == g) for g in range(G)]
         if rho is None:
@@ -190,7 +190,7 @@ class ProfileSurface:
         X, e = J * np.sqrt(w)[:, None], e * np.sqrt(w)
         G = int(codes.max()) + 1
         clusters = Clusters.of(X, e, codes) if len(w) > G else None
-        return cls(surface, points, w, theta, float(e @ e), _inverse(X.T @ X), clusters, G)
+        return cls(surface, points, w, theta, float(e @ e), inverse(X.T @ X), clusters, G)
 
     @property
     def freedom(self) -> int:
@@ -340,10 +340,3 @@ class ReplicateSurface:
         R, Q = len(self.theta), quantity.count
         values = np.column_stack([quantity.value(self.theta, np.full(R, k)) for k in range(Q)])
         return expanded_percentile(values, level, self.groups, self.theta.shape[1])
-
-
-def _inverse(information_PP: Floats) -> Floats:
-    """Scaled to a unit diagonal first: the coordinates differ by orders of magnitude."""
-    scale = np.sqrt(np.diag(information_PP)) + np.finfo(np.float64).tiny
-    scaled = information_PP / np.outer(scale, scale) + 1e-14 * np.eye(len(scale))
-    return np.asarray(np.linalg.inv(scaled) / np.outer(scale, scale))

@@ -9,7 +9,6 @@ import pytest
 
 from analysis import make_report
 from analysis.findings import sentences
-from analysis.outlook import look_ahead
 from analysis.study import make_study
 from scaling.records import write_json
 from tests.analysis import fabricate
@@ -17,7 +16,7 @@ from tests.analysis import fabricate
 
 def test_exact_records_give_the_exact_future(tmp_path: Path) -> None:
     study = make_study(fabricate.sweep(tmp_path, depths=(1, 2, 3, 4, 5)))
-    said = [o for o in look_ahead(study) if not o.offset]
+    said = [o for o in study.outlook if not o.offset]
     assert sorted({o.depth for o in said}) == [8, 10, 15]
     for o in said:
         assert o.params == pytest.approx(73728 * o.depth**3, rel=1e-9)
@@ -34,7 +33,7 @@ def test_intervals_of_untrained_depths_hold_new_runs(tmp_path: Path) -> None:
         study = make_study(
             fabricate.sweep(tmp_path / str(seed), depths=range(1, 7), noise=2e-3, rng_seed=seed)
         )
-        for o in look_ahead(study):
+        for o in study.outlook:
             if not o.offset and o.quantity == "loss_last" and o.depth == 12:
                 studies += 1
                 held += o.low <= fabricate.law(o.quantity, o.params) <= o.high
@@ -54,7 +53,7 @@ def test_report_and_page_say_it(tmp_path: Path) -> None:
 
 def test_two_depths_say_nothing_of_others(tmp_path: Path) -> None:
     folder = fabricate.sweep(tmp_path, depths=(1, 2))
-    assert look_ahead(make_study(folder)) == ()
+    assert make_study(folder).outlook == ()
     assert "nothing is said of larger models" in make_report(folder).read_text()
 
 

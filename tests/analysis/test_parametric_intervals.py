@@ -208,18 +208,29 @@ def excess_at(law: ParametricLaw, far: tuple[float, float], value: float) -> flo
     return best / allowed - 1
 
 
+@pytest.mark.parametrize("rho", [0.0, 0.6, 0.95])
+def test_a_new_runs_noise_by_whole_matrices(rho: float) -> None:
+    """E[RSS] = σ² tr(MΦ), its variance 2σ⁴ tr((MΦ)²): runs' own errors are few and partly fitted away."""
+    rng = np.random.default_rng(4)
+    codes = np.repeat(np.arange(7), [4, 3, 4, 1, 5, 4, 4])
+    X, e = rng.normal(size=(len(codes), 5)), rng.normal(size=len(codes))
+    X[:, :2] = rng.normal(size=(7, 2))[codes]  # what a run's size decides is the same along the run
+    found = Clusters.of(X, e, codes, rho)
+    M = np.eye(len(codes)) - X @ np.linalg.inv(X.T @ X) @ X.T
+    product = M @ ((1 - rho) * np.eye(len(codes)) + rho * (codes[:, None] == codes))
+    assert found.left == pytest.approx(np.trace(product), rel=1e-9)
+    freedom = np.trace(product) ** 2 / np.trace(product @ product)
+    assert found.noise_freedom == pytest.approx(freedom, rel=1e-9)
+
+
 def test_a_new_run_scatters_as_runs_do_not_as_points() -> None:
-    """Runs' own errors are few and partly fitted away; n − P would take 52 points for witnesses."""
     rng = np.random.default_rng(4)
     run = np.repeat(np.arange(13), 4)
-    widths = []
-    for _ in range(40):
-        noise = 0.003 * rng.normal(size=13)[run] + 0.0005 * rng.normal(size=52)
-        law = fit_parametric(N, D, TRUTH * np.exp(noise), "squared", groups=run)
-        interval = law.uncertainty
-        assert isinstance(interval, ProfileSurface)
-        assert interval.clusters is not None
-        widths.append(interval.rss / interval.clusters.left)
-        assert interval.clusters.noise_freedom < 13
-    # The mean of σ̂² over studies: unbiased but for what the estimate of ρ costs.
-    assert np.mean(widths) == pytest.approx(0.003**2 + 0.0005**2, rel=0.15)
+    noise = 0.003 * rng.normal(size=13)[run] + 0.0005 * rng.normal(size=52)
+    interval = fit_parametric(N, D, TRUTH * np.exp(noise), "squared", groups=run).uncertainty
+    assert isinstance(interval, ProfileSurface)
+    assert interval.clusters is not None
+    freedom = interval.clusters.noise_freedom
+    assert freedom < 13
+    wanted = t.ppf(0.975, freedom) * np.sqrt(interval.rss / interval.clusters.left)
+    assert interval.noise(0.95) == pytest.approx(wanted, rel=1e-9)
