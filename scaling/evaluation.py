@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from scaling.data.cache import CachedSplit
 from scaling.families.registry import FAMILIES
-from scaling.tokenizer.quantizer import MultiScaleQuantizer
+from scaling.tokenizer.quantizer import Quantizer
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def per_scale(values_BL: Tensor, scales: tuple[int, ...]) -> Tensor:
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    quantizer: MultiScaleQuantizer,
+    quantizer: Quantizer,
     split: CachedSplit,
     accelerator: Accelerator,
     *,

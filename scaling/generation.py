@@ -23,7 +23,7 @@ from scaling.families.registry import build
 from scaling.families.var import VAR
 from scaling.pictures import image_grid
 from scaling.records import RecordsError, RunFolder
-from scaling.tokenizer.quantizer import MultiScaleQuantizer
+from scaling.tokenizer.quantizer import Quantizer
 from scaling.tokenizer.vqvae import Tokenizer, load_tokenizer
 
 
@@ -55,7 +55,7 @@ def draw(logits_BlV: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
 @torch.no_grad()
 def sample_tokens(
     model: VAR,
-    quantizer: MultiScaleQuantizer,
+    quantizer: Quantizer,
     labels_B: Tensor,
     seeds: Sequence[int],
     *,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from scaling.config import ModelConfig
 from scaling.families.var import VAR
-from scaling.tokenizer.quantizer import MultiScaleQuantizer
+from scaling.tokenizer.quantizer import Quantizer
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class FamilyEntry:
     """How one family is built and fed."""
 
     model: Callable[[ModelConfig, Literal["masked", "blockwise"]], nn.Module]
-    inputs: Callable[[MultiScaleQuantizer, Tensor], Tensor]
+    inputs: Callable[[Quantizer, Tensor], Tensor]
     """From the quantiser and tokens (B, L) to what the model's forward takes beside the labels."""
 
 
