@@ -33,31 +33,47 @@ from scaling.tokenizer.vqvae import Tokenizer, load_tokenizer
 
 SMOOTHEST, SHARPEST = 0.27, 0.005
 """Temperatures of smoothed sampling at the first step and its floor, as published."""
+ROWS_PER_THREAD = 1024
+"""On a CPU so many tokens at once and thread: what a layer holds of them stays in the caches, and is memory
+used again where larger tensors come fresh from the system each time, page by page."""
 
 
 def keep_top(logits_BlV: Tensor, top_k: int = 0, top_p: float = 0.0) -> Tensor:
-    """Logits with everything outside the top k and the nucleus p set to −∞; 0 keeps all.
+    """Logits with everything outside the top k and, among them, the nucleus p set to −∞; 0 keeps all.
 
     The nucleus is the smallest set of most likely tokens whose probability reaches p.
     """
-    if top_k > 0:
-        bound = logits_BlV.topk(min(top_k, logits_BlV.shape[-1]), dim=-1).values[..., -1:]
-        logits_BlV = logits_BlV.masked_fill(logits_BlV < bound, -math.inf)
+    vocab = logits_BlV.shape[-1]
+    if top_k == 0 and top_p == 0:
+        return logits_BlV
+    # Only the k most likely are sorted, and the nucleus is sought among them.
+    values_Blk = logits_BlV.topk(min(top_k or vocab, vocab), dim=-1).values
+    bound_Bl1 = values_Blk[..., -1:]
     if top_p > 0:
-        ascending, order = logits_BlV.sort(dim=-1)
-        outside = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - top_p
-        outside[..., -1] = False
-        logits_BlV = logits_BlV.masked_fill(outside.scatter(-1, order, outside), -math.inf)
-    return logits_BlV
+        ascending_Blk = values_Blk.flip(-1)
+        outside_Blk = ascending_Blk.softmax(dim=-1).cumsum(dim=-1) <= 1 - top_p
+        outside_Blk[..., -1] = False
+        bound_Bl1 = ascending_Blk.gather(-1, outside_Blk.sum(dim=-1, keepdim=True))
+    return logits_BlV.masked_fill(logits_BlV < bound_Bl1, -math.inf)
 
 
 def draw(logits_BlV: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
     """One token id per position, (B, l), image b from its own generator.
 
-    The exponential race: argmax of p / Exp(1) is distributed as p.
+    The Gumbel race: the argmax of log p + Gumbel noise is distributed as p.
     """
-    noise = torch.stack([torch.empty(logits_BlV.shape[1:]).exponential_(generator=g) for g in generators])
-    return (logits_BlV.float().softmax(dim=-1) / noise.to(logits_BlV.device)).argmax(dim=-1)
+    return (logits_BlV.float() + gumbel_noise(logits_BlV, generators)).argmax(dim=-1)
+
+
+def gumbel_noise(like_BlV: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """Standard Gumbel noise, fp32, image b's from its own generator on the CPU: −log(−log u).
+
+    u has 24 bits and may be 0, whose noise is −∞ and never wins; it is never 1, which always would.
+    """
+    noise_BlV = torch.empty(like_BlV.shape)
+    for noise_lV, generator in zip(noise_BlV, generators, strict=True):
+        noise_lV.uniform_(generator=generator)
+    return noise_BlV.log_().neg_().log_().neg_().to(like_BlV.device)
 
 
 @dataclass(frozen=True)
@@ -106,29 +122,66 @@ def sample_tokens(
     config, batch = model.config, len(labels_B)
     family, steps = FAMILIES[config.family], config.sizes if sizes is None else tuple(sizes)
     require(not smooth or family.guidance is None, f"{config.family} feeds tokens back: none to smooth")
+    choice = _Choice(
+        guidance, family.guidance or guidance_form, top_k, top_p, smooth,
+        largest=config.scales[-1] if largest is None else largest,
+    )  # fmt: skip
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    both, largest = guidance > 0, config.scales[-1] if largest is None else largest
-    null_B = torch.full_like(labels_B, config.num_classes)
-    decoding = model.begin(torch.cat([labels_B, null_B]) if both else labels_B, steps)
-    feed = family.feed(quantizer, batch, steps)
-    form = family.guidance or guidance_form
+    together = batch
+    if labels_B.device.type == "cpu":
+        rows = max(model.chunks(steps)) * (2 if guidance > 0 else 1)
+        together = max(1, ROWS_PER_THREAD * torch.get_num_threads() // rows)
+    tokens, latents = [], []
+    for start in range(0, batch, together):
+        part = slice(start, start + together)
+        known = None if forced is None else Forced(forced.tokens_BL[part], forced.keep_BL[part])
+        tokens_bL, latent_bCHW = _sample_together(
+            model, quantizer, labels_B[part], generators[part], steps, choice, known
+        )
+        tokens.append(tokens_bL)
+        latents.append(latent_bCHW)
+    return torch.cat(tokens), torch.cat(latents)
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """How tokens are chosen; as the arguments of ``sample_tokens``."""
+
+    guidance: float
+    form: Literal["ramp", "constant"]
+    top_k: int
+    top_p: float
+    smooth: bool
+    largest: int
+
+
+def _sample_together(
+    model: FamilyModel,
+    quantizer: Quantizer,
+    labels_B: Tensor,
+    generators: Sequence[torch.Generator],
+    steps: Sequence[Size],
+    choice: _Choice,
+    forced: Forced | None,
+) -> tuple[Tensor, Tensor]:
+    """``sample_tokens`` of images that go through the model side by side."""
+    config = model.config
+    decoding = model.begin(labels_B, steps, guided=choice.guidance > 0)
+    feed = FAMILIES[config.family].feed(quantizer, len(labels_B), steps)
     inputs: Tensor | None = None
     tokens, start = [], 0
     for chunk, count in enumerate(model.chunks(steps)):
-        doubled = torch.cat([inputs, inputs]) if both and inputs is not None else inputs
-        logits_BlV = model.extend(decoding, doubled)
-        beyond = config.family in FLEXIBLE and max(steps[chunk]) > largest
+        beyond = config.family in FLEXIBLE and max(steps[chunk]) > choice.largest
         progress = 1.0 if beyond else ramp(config, len(steps), chunk)
-        if both:
-            weight = guidance * (progress if form == "ramp" else 1.0)
-            logits_BlV = (1 + weight) * logits_BlV[:batch] - weight * logits_BlV[batch:]
-        kept_BlV = keep_top(logits_BlV, 1 if beyond else top_k, top_p)
+        weight = choice.guidance * (progress if choice.form == "ramp" else 1.0)
+        logits_BlV = model.extend(decoding, inputs, weight)
+        kept_BlV = keep_top(logits_BlV, 1 if beyond else choice.top_k, choice.top_p)
         ids_Bl = draw(kept_BlV, generators)
+        known = slice(start, start + count)
         if forced is not None:
-            known = slice(start, start + count)
             ids_Bl = torch.where(forced.keep_BL[:, known], forced.tokens_BL[:, known], ids_Bl)
         codes_BlC = quantizer.codes(ids_Bl)
-        if smooth:
+        if choice.smooth:
             mixed_BlC = _smoothed(kept_BlV, quantizer, progress, generators)
             if forced is not None:
                 mixed_BlC = torch.where(forced.keep_BL[:, known, None], codes_BlC, mixed_BlC)
@@ -154,8 +207,7 @@ def _smoothed(
 ) -> Tensor:
     """Codes (B, l, C) mixed by softmax((logits·(1 + progress) + Gumbel noise) / temperature)."""
     temperature = max(SMOOTHEST * (1 - 0.95 * progress), SHARPEST)
-    noise = torch.stack([torch.empty(logits_BlV.shape[1:]).exponential_(generator=g) for g in generators])
-    noisy_BlV = logits_BlV.float() * (1 + progress) - noise.log().to(logits_BlV.device)
+    noisy_BlV = logits_BlV.float() * (1 + progress) + gumbel_noise(logits_BlV, generators)
     ids_V = torch.arange(logits_BlV.shape[-1], device=logits_BlV.device)
     return (noisy_BlV / temperature).softmax(dim=-1) @ quantizer.codes(ids_V)
 
