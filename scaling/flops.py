@@ -147,3 +147,14 @@ def checkpoint_bytes(model: ModelConfig) -> int:
 def token_bytes(tokenizer: TokenizerConfig, images: int) -> int:
     """Bytes of ``images`` cached token sequences (uint16)."""
     return 2 * tokenizer.seq_len * images
+
+
+def selective_scan_flops(tokens: int, channels: int, states: int) -> int:
+    """Additions and multiplications of a selective scan over one image's tokens.
+
+    Per token, channel and number of state: Δ·A, (Δu)·B, one multiply-add of the recurrence, one with C,
+    6 in all; per token and channel Δ·u and a multiply-add with D, 3. The exponential is pointwise and not
+    counted, as everywhere here. It is the work of the recurrence itself: what a parallel form does more is
+    no more counted than masked attention pairs.
+    """
+    return tokens * channels * (6 * states + 3)
