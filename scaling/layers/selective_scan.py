@@ -1,4 +1,4 @@
-"""The selective scan of Mamba (S6, 2312.00752, algorithm 2), in plain torch and fused where that is installed.
+"""The selective scan of Mamba (S6, 2312.00752, algorithm 2): plain torch, or fused where that is installed.
 
     h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t u_t,      y_t = C_t · h_t + D u_t
 
@@ -9,8 +9,8 @@
   chunks side by side from a zero state, then the states from chunk to chunk, then every chunk is given the
   state before it. It only ever multiplies decays, each at most 1, and never divides by their products,
   so that a long decay becomes 0 and not infinity.
-- Memory: the backward pass computes the states again, segment by segment. A layer keeps Δ, Δu, B, C and
-  one state per segment; while it runs there are up to six tensors of segment · B · N · E numbers,
+- Memory: the backward pass computes the states again, segment by segment. A layer keeps its arguments and
+  one state per segment; while it runs there are up to five tensors of segment · B · N · E numbers,
   ``SEGMENT_NUMBERS`` each, instead of several of L · B · N · E.
 - On the CPU a single token's numbers fill the vector units, so a segment there is as long as the cache
   holds and is scanned without chunks; the speed comes from making the decays of many tokens at once and
@@ -31,12 +31,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SEGMENT_NUMBERS = {"cpu": 2**20, "other": 2**26}
-"""Numbers in one temporary tensor: 4 MiB, near a core's caches, or 256 MiB, enough to fill a GPU."""
+SEGMENT_NUMBERS = {"cpu": 2**19, "other": 2**24}
+"""Numbers in one temporary tensor: 2 MiB, near a core's caches, or 64 MiB, enough to fill a GPU."""
 SHORTEST_SEGMENT = 8
 """Tokens: the states kept for the backward pass are at most N/8 times as large as u."""
 
 
+# Unrolled, its loops would be compiled for minutes; the rest of a layer is compiled around it.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def selective_scan(
     u_BLE: Tensor,
     delta_BLE: Tensor,
@@ -68,11 +70,8 @@ def selective_scan(
         if fused is not None:
             return _fused_scan(fused, u, delta, A, B, C, D)
         initial_BEN = u.new_zeros(u.shape[0], *A.shape)
-    y_LBE, last_BNE = _Scan.apply(
-        delta.transpose(0, 1).contiguous(), (delta * u).transpose(0, 1).contiguous(), A.t().contiguous(),
-        B.transpose(0, 1), C.transpose(0, 1), initial_BEN.to(dtype).transpose(1, 2).contiguous(), _plan,
-    )  # fmt: skip
-    return y_LBE.transpose(0, 1) + D * u, last_BNE.transpose(1, 2)
+    y, last_BEN = _Scan.apply(u, delta, A, B, C, initial_BEN.to(dtype))
+    return y + D * u, last_BEN
 
 
 def sequential_scan(
@@ -87,15 +86,13 @@ def sequential_scan(
     """As ``selective_scan``, word for word as it is defined; autograd keeps the state of every token."""
     state_BEN = u_BLE.new_zeros(u_BLE.shape[0], *A_EN.shape) if initial_BEN is None else initial_BEN
     outputs = []
-    for t in range(u_BLE.shape[1]):
-        decay_BEN = torch.exp(delta_BLE[:, t, :, None] * A_EN)
-        written_BEN = (delta_BLE[:, t] * u_BLE[:, t])[:, :, None] * B_BLN[:, t, None, :]
-        state_BEN = decay_BEN * state_BEN + written_BEN
-        outputs.append((C_BLN[:, t, None, :] * state_BEN).sum(2) + D_E * u_BLE[:, t])
+    for u, delta, B, C in zip(*(x.unbind(1) for x in (u_BLE, delta_BLE, B_BLN, C_BLN)), strict=True):
+        state_BEN = torch.exp(delta[:, :, None] * A_EN) * state_BEN + (delta * u)[:, :, None] * B[:, None]
+        outputs.append((C[:, None] * state_BEN).sum(2) + D_E * u)
     return torch.stack(outputs, dim=1), state_BEN
 
 
-# -- in plain torch: tokens first, channels last, so that every operation runs along memory ------------------
+# -- in plain torch ------------------------------------------------------------------------------------------
 
 
 def _plan(numbers_per_token: int, length: int, device: torch.device) -> tuple[int, int]:
@@ -135,66 +132,76 @@ def _scan_(x: Tensor, factor: Tensor, carry: Tensor, chunk: int, reverse: bool =
         for step, product in zip(steps[:-1], products[:-1], strict=True):
             step.addcmul_(product, before)
     rest = slice(0, length - whole) if reverse else slice(whole, length)
-    for token, token_factor in zip(in_order(x[rest].unbind(0)), in_order(factor[rest].unbind(0)), strict=True):
+    for token, token_factor in zip(
+        in_order(x[rest].unbind(0)), in_order(factor[rest].unbind(0)), strict=True
+    ):
         carry = token.addcmul_(token_factor, carry)
     return carry
 
 
 class _Scan(torch.autograd.Function):
-    """C_t · h_t (L, B, E) and the last state (B, N, E) from Δ and Δu (L, B, E), A (N, E), B and C (L, B, N).
+    """C_t · h_t (B, L, E) and the last state (B, E, N) from u, Δ, A, B, C and the first state.
 
     Backward, with g_t the gradient of h_t: g_t = C_t dy_t + exp(Δ_{t+1} A) g_{t+1}, a scan from the end;
-    then dC_t = h_t dy_t, dB_t = g_t Δu_t, d(Δu)_t = B_t · g_t, and with q_t = g_t exp(Δ_t A) h_{t-1}
-    dΔ_t = Σ_n q_t A, dA = Σ_t q_t Δ_t.
+    then dC_t = h_t dy_t, dB_t = g_t Δ_t u_t, d(Δu)_t = B_t · g_t, and with q_t = g_t exp(Δ_t A) h_{t-1}
+    dΔ_t = A · q_t + u_t d(Δu)_t, dA = Σ_t q_t Δ_t.
+
+    Inside, tensors are (T, B, N, E): a token's numbers lie together, and channels run along memory.
     """
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, *arguments: Tensor) -> tuple[Tensor, Tensor]:
         """Segment by segment, from the first; keeps the state before each."""
-        delta_LBE, written_LBE, A_NE, B_LBN, C_LBN, carry_BNE, plan = arguments
-        length = len(delta_LBE)
-        ctx.segment, ctx.chunk = plan(carry_BNE.numel(), length, carry_BNE.device)
-        y_LBE, carries = torch.empty_like(delta_LBE), []
-        for start in range(0, length, ctx.segment):
+        u_BLE, *_, initial_BEN = arguments
+        u, delta, B, C = (arguments[i].transpose(0, 1) for i in (0, 1, 3, 4))
+        A_NE, carry = arguments[2].t().contiguous(), initial_BEN.transpose(1, 2).contiguous()
+        ctx.segment, ctx.chunk = _plan(carry.numel(), len(u), u.device)
+        y_BLE, carries = torch.empty_like(u_BLE), []
+        for start in range(0, len(u), ctx.segment):
             part = slice(start, start + ctx.segment)
-            carries.append(carry_BNE)
-            factor_TBNE = (delta_LBE[part, :, None] * A_NE).exp_()
-            state_TBNE = written_LBE[part, :, None] * B_LBN[part, :, :, None]
-            carry_BNE = _scan_(state_TBNE, factor_TBNE, carry_BNE, ctx.chunk).clone()
-            torch.sum(state_TBNE.mul_(C_LBN[part, :, :, None]), 2, out=y_LBE[part])
-        ctx.save_for_backward(delta_LBE, written_LBE, A_NE, B_LBN, C_LBN, *carries)
-        return y_LBE, carry_BNE
+            carries.append(carry)
+            factor = (delta[part, :, None] * A_NE).exp_()
+            state = (delta[part] * u[part])[:, :, None] * B[part, :, :, None]
+            carry = _scan_(state, factor, carry, ctx.chunk).clone()
+            torch.sum(state.mul_(C[part, :, :, None]), 2, out=y_BLE.transpose(0, 1)[part])
+        ctx.save_for_backward(*arguments[:5], *carries)
+        return y_BLE, carry.transpose(1, 2)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
         """Segment by segment, from the last; computes each one's states again."""
-        dy_LBE, carry_BNE = gradients
-        delta_LBE, written_LBE, A_NE, B_LBN, C_LBN, *carries = ctx.saved_tensors
-        d_delta, d_written = torch.empty_like(delta_LBE), torch.empty_like(written_LBE)
-        d_A, d_B, d_C = torch.zeros_like(A_NE), torch.empty_like(B_LBN), torch.empty_like(C_LBN)
-        # The decay of the token after the segment carries its gradient in; after the last token that is 1.
-        factor_after = torch.ones_like(carry_BNE)
+        arguments, carries = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        results = [torch.empty_like(x) for x in arguments]
+        u, delta, B, C, dy = (x.transpose(0, 1) for x in (*arguments[:2], *arguments[3:], gradients[0]))
+        d_u, d_delta, d_B, d_C = (results[i].transpose(0, 1) for i in (0, 1, 3, 4))
+        A_NE, carry = arguments[2].t().contiguous(), gradients[1].transpose(1, 2).contiguous()
+        d_A_NE = torch.zeros_like(A_NE)
+        # The decay of the token after a segment carries its gradient in; after the last token that is 1.
+        factor_after = torch.ones_like(carry)
         for index in reversed(range(len(carries))):
             part = slice(index * ctx.segment, (index + 1) * ctx.segment)
-            delta, written, dy, before = delta_LBE[part], written_LBE[part], dy_LBE[part], carries[index]
-            factor = torch.empty(len(delta) + 1, *before.shape, dtype=before.dtype, device=before.device)
-            torch.mul(delta[:, :, None], A_NE, out=factor[:-1]).exp_()
+            written, before = delta[part] * u[part], carries[index]
+            factor = before.new_empty(len(written) + 1, *before.shape)
+            torch.mul(delta[part, :, None], A_NE, out=factor[:-1]).exp_()
             factor[-1] = factor_after
-            state = written[:, :, None] * B_LBN[part, :, :, None]
+            state = written[:, :, None] * B[part, :, :, None]
             _scan_(state, factor[:-1], before, ctx.chunk)
-            torch.sum(state * dy[:, :, None], 3, out=d_C[part])
-            grad = C_LBN[part, :, :, None] * dy[:, :, None]
-            carry_BNE = _scan_(grad, factor[1:], carry_BNE, ctx.chunk, reverse=True).clone()
-            torch.sum(grad * written[:, :, None], 3, out=d_B[part])
-            torch.sum(grad * B_LBN[part, :, :, None], 2, out=d_written[part])
+            torch.sum(state * dy[part, :, None], 3, out=d_C[part])
+            grad = C[part, :, :, None] * dy[part, :, None]
+            carry = _scan_(grad, factor[1:], carry, ctx.chunk, reverse=True).clone()
             factor_after = factor[0].clone()
+            torch.sum(grad * written[:, :, None], 3, out=d_B[part])
+            d_written = (grad * B[part, :, :, None]).sum(2)
+            torch.mul(d_written, delta[part], out=d_u[part])
             grad.mul_(factor[:-1])
             grad[0].mul_(before)
             grad[1:].mul_(state[:-1])
-            torch.sum(grad * A_NE, 2, out=d_delta[part])
-            d_A += grad.mul_(delta[:, :, None]).sum((0, 1))
-        return d_delta, d_written, d_A, d_B, d_C, factor_after * carry_BNE, None
+            torch.addcmul((grad * A_NE).sum(2), d_written, u[part], out=d_delta[part])
+            d_A_NE += grad.mul_(delta[part, :, None]).sum((0, 1))
+        d_u_BLE, d_delta_BLE, _, d_B_BLN, d_C_BLN = results
+        d_initial_BEN = (factor_after * carry).transpose(1, 2)
+        return d_u_BLE, d_delta_BLE, d_A_NE.t(), d_B_BLN, d_C_BLN, d_initial_BEN
 
 
 # -- fused ---------------------------------------------------------------------------------------------------

@@ -40,13 +40,9 @@ def gradients(scan: object, given: list[Tensor]) -> list[Tensor]:
     return [y.detach(), last.detach(), *(x.grad for x in leaves if x.grad is not None)]
 
 
-@given(
-    length=st.integers(1, 40), segment=st.integers(1, 40), chunk=st.integers(1, 12), start=st.booleans()
-)
+@given(length=st.integers(1, 40), segment=st.integers(1, 40), chunk=st.integers(1, 12), start=st.booleans())
 @settings(max_examples=60, deadline=None)
-def test_values_and_gradients_are_the_definitions(
-    length: int, segment: int, chunk: int, start: bool
-) -> None:
+def test_values_and_gradients_are_the_definitions(length: int, segment: int, chunk: int, start: bool) -> None:
     given_ = arguments(length)[: 7 if start else 6]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scans, "_plan", lambda numbers, length, device: (segment, chunk))
@@ -145,7 +141,7 @@ class Arithmetic(TorchDispatchMode):
         super().__init__()
         self.count = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN204
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         if name in ("mul", "add"):
@@ -156,10 +152,10 @@ class Arithmetic(TorchDispatchMode):
 
 
 def test_the_closed_form_of_its_arithmetic_is_that_of_the_definition() -> None:
-    from scaling.flops import selective_scan_flops
+    from scaling.flops import scan_flops
 
     length, channels, states = 7, 5, 3
     given_ = arguments(length, images=1, channels=channels, states=states)
     with Arithmetic() as arithmetic:
         sequential_scan(*given_)
-    assert arithmetic.count == selective_scan_flops(length, channels, states)
+    assert arithmetic.count == scan_flops(length, channels, states)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -21,7 +23,7 @@ def test_a_path_visits_every_token_once(rows: int, columns: int, path: int) -> N
 @given(sides, sides, paths)
 def test_followers_on_the_path_are_neighbours_in_the_map(rows: int, columns: int, path: int) -> None:
     places = [divmod(index, columns) for index in zigzag((rows, columns), path)]
-    for (row, column), (next_row, next_column) in zip(places, places[1:], strict=False):
+    for (row, column), (next_row, next_column) in itertools.pairwise(places):
         assert abs(row - next_row) + abs(column - next_column) == 1
 
 
