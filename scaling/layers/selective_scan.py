@@ -11,7 +11,7 @@
   multiplies decays, each at most 1, and never divides by their products, so that a long decay becomes 0
   and not infinity.
 - Memory: the backward pass computes the states again, segment by segment. A layer keeps its arguments and
-  one state per segment; while it runs there are up to five tensors of ``SEGMENT_NUMBERS`` (or of eight
+  one state per segment; while it runs there are up to four tensors of ``SEGMENT_NUMBERS`` (or of eight
   tokens of one image, where that is more), instead of several of B · L · E · N.
 - On the CPU the numbers of one token of a group fill the vector units, so a segment is scanned without
   chunks; the speed comes from making the decays of many tokens at once, in cache, and not keeping them.
@@ -164,11 +164,14 @@ class _Scan(torch.autograd.Function):
         u, delta, B, C = (arguments[i].transpose(0, 1) for i in (0, 1, 3, 4))
         A_NE, carry = arguments[2].t().contiguous(), initial_BEN.transpose(1, 2).contiguous()
         y_BLE, carries = torch.empty_like(arguments[0]), []
+        factors, states = carry.new_empty(2, ctx.segment, *carry.shape)
         for start in range(0, len(u), ctx.segment):
             part = slice(start, start + ctx.segment)
             carries.append(carry)
-            factor = (delta[part, :, None] * A_NE).exp_()
-            state = (delta[part] * u[part])[:, :, None] * B[part, :, :, None]
+            written = delta[part] * u[part]
+            factor, state = factors[: len(written)], states[: len(written)]
+            torch.mul(delta[part, :, None], A_NE, out=factor).exp_()
+            torch.mul(written[:, :, None], B[part, :, :, None], out=state)
             carry = _scan_(state, factor, carry, ctx.chunk).clone()
             torch.sum(state.mul_(C[part, :, :, None]), 2, out=y_BLE.transpose(0, 1)[part])
         ctx.save_for_backward(*arguments, *carries)
@@ -186,25 +189,28 @@ class _Scan(torch.autograd.Function):
         d_A_NE = torch.zeros_like(A_NE)
         # The decay of the token after a segment carries its gradient in; after the last token that is 1.
         factor_after = torch.ones_like(carry)
+        factors, states, grads, products = carry.new_empty(4, ctx.segment + 1, *carry.shape)
         for index in reversed(range(len(carries))):
             part = slice(index * ctx.segment, (index + 1) * ctx.segment)
             written, before = delta[part] * u[part], carries[index]
-            factor = before.new_empty(len(written) + 1, *before.shape)
+            factor = factors[: len(written) + 1]
+            state, grad, product = (x[: len(written)] for x in (states, grads, products))
             torch.mul(delta[part, :, None], A_NE, out=factor[:-1]).exp_()
             factor[-1] = factor_after
-            state = written[:, :, None] * B[part, :, :, None]
+            torch.mul(written[:, :, None], B[part, :, :, None], out=state)
             _scan_(state, factor[:-1], before, ctx.chunk)
-            torch.sum(state * dy[part, :, None], 3, out=d_C[part])
-            grad = C[part, :, :, None] * dy[part, :, None]
+            torch.sum(torch.mul(state, dy[part, :, None], out=product), 3, out=d_C[part])
+            torch.mul(C[part, :, :, None], dy[part, :, None], out=grad)
             carry = _scan_(grad, factor[1:], carry, ctx.chunk, reverse=True).clone()
-            factor_after = factor[0].clone()
-            torch.sum(grad * written[:, :, None], 3, out=d_B[part])
-            d_written = (grad * B[part, :, :, None]).sum(2)
+            torch.sum(torch.mul(grad, written[:, :, None], out=product), 3, out=d_B[part])
+            d_written = torch.mul(grad, B[part, :, :, None], out=product).sum(2)
             torch.mul(d_written, delta[part], out=d_u[part])
+            factor_after = factor[0].clone()
             grad.mul_(factor[:-1])
             grad[0].mul_(before)
             grad[1:].mul_(state[:-1])
-            torch.addcmul((grad * A_NE).sum(2), d_written, u[part], out=d_delta[part])
+            through_A = torch.mul(grad, A_NE, out=product).sum(2)
+            torch.addcmul(through_A, d_written, u[part], out=d_delta[part])
             d_A_NE += grad.mul_(delta[part, :, None]).sum((0, 1))
         d_u_BLE, d_delta_BLE, _, d_B_BLN, d_C_BLN = results
         d_initial_BEN = (factor_after * carry).transpose(1, 2)
