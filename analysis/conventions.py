@@ -31,7 +31,9 @@ Costs = Mapping[str, Mapping[str, Any]]
 """Run name -> the value of its ``costs.json``."""
 Exponent = Literal["params", "flops", "optimal"]
 PARAMS_PARTS = ("qkv", "projection", "mlp", "adaln", "adaln_shared", "biases", "embeddings", "head")
-FLOPS_PARTS = ("qkv", "projection", "mlp", "attention", "adaln", "embedding", "head")
+FLOPS_PARTS = ("qkv", "projection", "mlp", "attention", "conv", "scan", "adaln", "embedding", "head")
+OF_SOME_FAMILIES = ("conv", "scan")
+"""Parts that only a Mamba has; elsewhere they are 0."""
 BLOCKS = ("qkv", "projection", "mlp", "adaln")
 """The parts of N(d), VAR eq. 8."""
 PARAMS_CONVENTIONS = (
@@ -207,6 +209,7 @@ def _per_run(runs: pd.DataFrame, costs: Costs, kind: str, parts: Sequence[str]) 
     by_name: dict[str, float] = {}
     for name in runs["run"].unique():
         of_run = costs[str(name)].get(kind, {})
+        of_run = dict.fromkeys(OF_SOME_FAMILIES, 0) | of_run
         if missing := [p for p in parts if p not in of_run]:
             raise DataError(f"costs of {name}: {kind} lacks {missing[0]}")
         if wrong := [p for p in parts if not isinstance(of_run[p], int | float)]:
