@@ -48,7 +48,9 @@ __all__ = [
 ]
 
 SCHEDULES = ("lin0", "lin", "lin00", "cos", "exp", "constant")
-Family = Literal["var"]
+Family = Literal["var", "flexvar", "flexvar-mamba", "raster"]
+StepSchedule = Literal["fixed", "paper", "published"]
+Adaln = Literal["own", "shared", "none"]
 
 
 @dataclass(frozen=True)
@@ -128,12 +130,16 @@ class ModelConfig:
     drop_path: float
     family: Family = "var"
     mlp_ratio: int = 4
-    shared_adaln: bool = False
+    adaln: Adaln = "own"
     qk_norm: bool = True
     label_drop: float = 0.1
     init_adaln: float = 0.5
     init_adaln_gamma: float = 1e-5
     init_head: float = 0.02
+    step_schedule: StepSchedule = "fixed"
+    ssm_state: int = 16
+    ssm_expand: int = 2
+    ssm_conv: int = 4
 
     def __post_init__(self) -> None:
         require(self.depth >= 1, f"model depth must be at least 1, got {self.depth}")
@@ -161,6 +167,11 @@ class ModelConfig:
             depth=depth, vocab=vocab, latent_channels=latent_channels, scales=tuple(scales),
             num_classes=num_classes, **(derived | options),
         )  # fmt: skip
+
+    @property
+    def shared_adaln(self) -> bool:
+        """One adaLN matrix for all layers."""
+        return self.adaln == "shared"
 
     @property
     def seq_len(self) -> int:
@@ -272,7 +283,22 @@ class RunConfig:
             f"tokenizer.scales must end at the latent size {side} (= {pixels} px / {tok.downsampling}), "
             f"got {list(tok.scales)}",
         )
-        for name in ("vocab", "latent_channels", "scales"):
+        model = self.model
+        wanted = "residual" if model.family == "var" else "scalable"
+        require(
+            tok.quantizer == wanted,
+            f"tokenizer.quantizer must be '{wanted}' for {model.family}, got '{tok.quantizer}'",
+        )
+        fits = set(model.scales) <= set(tok.scales) and model.scales[-1] == tok.scales[-1]
+        if model.family == "var":
+            fits = model.scales == tok.scales
+        elif model.family == "raster":
+            fits = model.scales == tok.scales[-1:]
+        require(
+            fits,
+            f"model.scales {list(model.scales)} of {model.family} do not fit tokenizer.scales {list(tok.scales)}",
+        )
+        for name in ("vocab", "latent_channels"):
             require(
                 getattr(self.model, name) == getattr(tok, name), f"model.{name} differs from tokenizer.{name}"
             )
