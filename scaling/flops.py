@@ -13,9 +13,10 @@ Conventions (DESIGN, "Words and units"):
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
-from scaling.config import ModelConfig, TokenizerConfig
+from scaling.config import ModelConfig, RunConfig, TokenizerConfig
 
 N_PARTS = ("qkv", "projection", "mlp", "adaln")
 """The parts of ``params_by_part`` that the paper's N counts."""
@@ -101,6 +102,20 @@ def forward_flops_by_part(model: ModelConfig, masked: bool = True) -> dict[str, 
 def train_flops(model: ModelConfig) -> int:
     """FLOPs of training on one image: 3 × forward, attention masked."""
     return TRAIN_FORWARDS * forward_flops(model)
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What steps of training have taken."""
+
+    tokens: int
+    flops: int
+
+
+def spent(config: RunConfig, steps: int) -> Spent:
+    """Training tokens and FLOPs of a run's first ``steps`` steps."""
+    images = config.train.batch * steps
+    return Spent(images * config.model.seq_len, images * train_flops(config.model))
 
 
 def costs(model: ModelConfig) -> dict[str, Any]:

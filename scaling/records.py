@@ -352,13 +352,11 @@ def read_sweep(sweep: str | Path) -> SweepRecord:
             "'run' with the same recipe and --root writes it again"
         )
     runs = tuple(ListedRun(**{key: run[key] for key in keys}) for run in listed)
+    everything = root.absolute().parent
     for run in runs:
-        for key in ("tokenizer", "tokens"):
-            link = os.path.normpath(root.absolute() / getattr(run, key))
-            if not Path(link).is_relative_to(root.absolute().parent):
-                raise RecordsError(
-                    f"{file}: {key} {getattr(run, key)!r} of {run.run} lies outside {root.absolute().parent.name}/"
-                )
+        for key, link in (("tokenizer", run.tokenizer), ("tokens", run.tokens)):
+            if not Path(os.path.normpath(root.absolute() / link)).is_relative_to(everything):
+                raise RecordsError(f"{file}: {key} {link!r} of {run.run} lies outside {everything.name}/")
     return SweepRecord(value, runs)
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -138,10 +138,10 @@ class Recipe:
         require(min(self.seeds) >= 0, f"seeds must not be negative, got {min(self.seeds)}")
         require(len(set(self.seeds)) == len(self.seeds), f"seeds has a seed twice: {list(self.seeds)}")
         for name, listed in (
-            ("by_depth lists depth", [d for override in self.by_depth for d in override.depths]),
-            ("by_family lists", [f for override in self.by_family for f in override.families]),
+            ("by_depth lists depth", [str(d) for override in self.by_depth for d in override.depths]),
+            ("by_family lists", [str(f) for override in self.by_family for f in override.families]),
         ):
-            twice = [str(value) for value in dict.fromkeys(listed) if listed.count(value) > 1]
+            twice = [value for value in dict.fromkeys(listed) if listed.count(value) > 1]
             require(not twice, f"{name} {', '.join(twice)} more than once")
 
     def run(self, family: Family, depth: int, seed: int, data: DataConfig) -> RunConfig:
@@ -150,21 +150,22 @@ class Recipe:
         Raises:
             ConfigError: the values do not fit together.
         """
-        stage = self.tokenizer_run(family, data)
+        tokenizer, tokenizer_train = self.tokenizer_of(family)
         train, options = to_dict(self.train), to_dict(self.model)
-        for override in (*self._of_family(family), *self._of_depth(depth)):
-            train, options = _merged(train, override.train), _merged(options, override.model)
+        parts: list[FamilyOverride | DepthOverride] = [*self._of_family(family), *self._of_depth(depth)]
+        for part in parts:
+            train, options = _merged(train, part.train), _merged(options, part.model)
         chosen = dataclasses.asdict(from_dict(ModelOptions, options))
         if data.num_classes is None:
             raise ConfigError("data.num_classes is not known yet")
         own = {
-            "scales": stage.tokenizer.scales[-1:] if family == "raster" else stage.tokenizer.scales,
+            "scales": tokenizer.scales[-1:] if family == "raster" else tokenizer.scales,
             "step_schedule": "paper" if family in RANDOM_STEPS else "fixed",
         }
         model = ModelConfig.from_depth(
             depth,
-            vocab=stage.tokenizer.vocab,
-            latent_channels=stage.tokenizer.latent_channels,
+            vocab=tokenizer.vocab,
+            latent_channels=tokenizer.latent_channels,
             num_classes=data.num_classes,
             family=family,
             **(own | {key: value for key, value in chosen.items() if value is not None}),
@@ -172,8 +173,8 @@ class Recipe:
         return RunConfig(
             model=model,
             data=data,
-            tokenizer=stage.tokenizer,
-            tokenizer_train=stage.train,
+            tokenizer=tokenizer,
+            tokenizer_train=tokenizer_train,
             train=from_dict(TrainConfig, train),
             evaluation=self.evaluation,
             seed=seed,
@@ -183,23 +184,13 @@ class Recipe:
         """Every run: the families as listed, each by depth and then by seed."""
         return [self.run(*place, data) for place in self.places()]
 
-    def tokenizer_run(self, family: Family, data: DataConfig) -> TokenizerRunConfig:
-        """The stage-1 run that a family's tokens come from."""
+    def tokenizer_of(self, family: Family) -> tuple[TokenizerConfig, TokenizerTrainConfig]:
+        """A family's tokenizer and its training."""
         tokenizer, train = to_dict(self.tokenizer), to_dict(self.tokenizer_train)
         for override in self._of_family(family):
             tokenizer = _merged(tokenizer, override.tokenizer)
             train = _merged(train, override.tokenizer_train)
-        return TokenizerRunConfig(
-            data, from_dict(TokenizerConfig, tokenizer), from_dict(TokenizerTrainConfig, train)
-        )
-
-    def tokenizer_runs(self, data: DataConfig) -> list[TokenizerRunConfig]:
-        """The distinct stage-1 runs, in the order of the families."""
-        found: dict[str, TokenizerRunConfig] = {}
-        for family in self.families:
-            stage = self.tokenizer_run(family, data)
-            found.setdefault(stage.run_id, stage)
-        return list(found.values())
+        return from_dict(TokenizerConfig, tokenizer), from_dict(TokenizerTrainConfig, train)
 
     def places(self) -> Iterator[tuple[Family, int, int]]:
         """Family, depth and seed of every run, in the order of ``runs``."""
@@ -213,6 +204,14 @@ class Recipe:
 
     def _of_depth(self, depth: int) -> list[DepthOverride]:
         return [override for override in self.by_depth if depth in override.depths]
+
+
+def tokenizer_runs(runs: Sequence[RunConfig]) -> list[TokenizerRunConfig]:
+    """The distinct stage-1 runs that the tokens of runs come from, in the order of the runs."""
+    found: dict[str, TokenizerRunConfig] = {}
+    for run in runs:
+        found.setdefault(run.tokenizer_run.run_id, run.tokenizer_run)
+    return list(found.values())
 
 
 def load_recipe(name: str | Path, overrides: Mapping[Keys, Any] | None = None) -> Recipe:
@@ -278,8 +277,9 @@ def _merged(common: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]
     merged = dict(common)
     for key, value in own.items():
         known = merged.get(key)
-        both = isinstance(known, dict) and isinstance(value, Mapping)
-        merged[key] = _merged(known, value) if both else value
+        if isinstance(known, dict) and isinstance(value, Mapping):
+            value = _merged(known, value)
+        merged[key] = value
     return merged
 
 
