@@ -114,25 +114,27 @@ def tokenizer_jobs(
     jobs = []
     for stage in stages:
         tokenizer, tokens = folders.tokenizer(stage), folders.tokens(stage)
-        arguments: dict[Kind, list[str]] = {
-            "tokenizer": [str(tokenizer)],
-            "tokens": [str(tokens), "--tokenizer", str(tokenizer)],
-        }
-        for kind, folder, needs in (("tokenizer", tokenizer, ()), ("tokens", tokens, (tokenizer,))):
-            jobs.append(
-                Job(
-                    stage_name(kind, stage.run_id, len(stages)),
-                    kind,
-                    RunFolder(folder),
-                    command(kind, arguments[kind], launch),
-                    PRODUCTS[kind],
-                    needs=needs,
-                    environment=environment,
-                    launch=plain,
-                    config=stage,
-                    alone=True,
-                )
-            )
+        trained = Job(
+            stage_name("tokenizer", stage.run_id, len(stages)),
+            "tokenizer",
+            RunFolder(tokenizer),
+            command("tokenizer", [str(tokenizer)], launch),
+            PRODUCTS["tokenizer"],
+            environment=environment,
+            launch=plain,
+            config=stage,
+            alone=True,
+        )
+        cached = replace(
+            trained,
+            name=stage_name("tokens", stage.run_id, len(stages)),
+            kind="tokens",
+            folder=RunFolder(tokens),
+            command=command("tokens", [str(tokens), "--tokenizer", str(tokenizer)], launch),
+            product=PRODUCTS["tokens"],
+            needs=(tokenizer,),
+        )
+        jobs += [trained, cached]
     return jobs
 
 

@@ -90,7 +90,7 @@ def parse(arguments: Sequence[str], options: Sequence[Option]) -> dict[Keys, Any
         if option.many:
             parsed = [_plain(option.hint, w) for word in words for w in word.split(",") if w]
             values[option.path] = None if parsed == [None] else parsed
-        elif not words and option.hint is bool:
+        elif not words and bool in _alternatives(option.hint):
             values[option.path] = True
         elif len(words) == 1:
             values[option.path] = _plain(option.hint, words[0])

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from scaling.config import (
-    Adaln,
+    AdaLN,
     ConfigError,
     DataConfig,
     EvaluationConfig,
@@ -42,8 +42,6 @@ from sweeps.source import Keys, Source, read_source
 
 SHIPPED = Path(__file__).parent
 RESERVED = ("tokenizers", "tokens")
-RANDOM_STEPS = ("flexvar", "flexvar-mamba")
-"""Families that train on the paper's random step schedules if not told otherwise."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +52,11 @@ class ModelOptions:
     """Side lengths of the model's own steps; by default all of its tokenizer's (raster: the last one)."""
     step_schedule: StepSchedule | None = None
     """Which steps a training step uses; by default paper for flexvar and flexvar-mamba, else fixed."""
-    adaln: Adaln = "own"
-    """own: a matrix per layer, N = 73728·d³; shared: one for all, none: plain layer norms, N = 49152·d³."""
-    qk_norm: bool = True
-    """Unit-length queries and keys with a learned scale per head."""
+    adaln: AdaLN | None = None
+    """own: a matrix per layer, N = 73728·d³; shared: one for all, none: plain layer norms, N = 49152·d³. By
+    default own, and none for raster."""
+    qk_norm: bool | None = None
+    """Unit-length queries and keys with a learned scale per head; by default true, and false for raster."""
     label_drop: float = 0.1
     """Share of training images whose class is hidden, for guidance."""
     drop_path: float | None = None
@@ -158,17 +157,13 @@ class Recipe:
         chosen = dataclasses.asdict(from_dict(ModelOptions, options))
         if data.num_classes is None:
             raise ConfigError("data.num_classes is not known yet")
-        own = {
-            "scales": tokenizer.scales[-1:] if family == "raster" else tokenizer.scales,
-            "step_schedule": "paper" if family in RANDOM_STEPS else "fixed",
-        }
         model = ModelConfig.from_depth(
             depth,
             vocab=tokenizer.vocab,
             latent_channels=tokenizer.latent_channels,
             num_classes=data.num_classes,
             family=family,
-            **(own | {key: value for key, value in chosen.items() if value is not None}),
+            **{"scales": tokenizer.scales} | {key: v for key, v in chosen.items() if v is not None},
         )
         return RunConfig(
             model=model,
