@@ -255,7 +255,7 @@ def headline(found: Families) -> str:
         if said:
             return (
                 f"{names} compared: at equal compute, in the loss of the last map, whose tokens are the "
-                f"same, {listed(said)}."
+                f"same, {'; '.join(said)}."
             )
     if found.shared:
         return f"{names} compared: {listed(found.shared[0].families)} have the same tokens, but no laws yet."

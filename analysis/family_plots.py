@@ -14,9 +14,10 @@ import numpy as np
 from analysis import plots
 from analysis.families import QUANTITY, Group
 from analysis.fidelity import SAMPLING, Protocol, drawing
-from analysis.study import usable
+from analysis.study import Law, usable
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 LOOKS = (
@@ -38,20 +39,16 @@ def look(families: Sequence[str], family: str) -> tuple[str, str]:
 def params_figure(group: Group, families: Sequence[str]) -> Figure:
     """Final last-map loss of all families of a group against N, with each one's law."""
     title, y_label = plots.QUANTITIES[QUANTITY]
-    fig, ax = plots.figure(f"{title}, by family", plots.X_LABELS["params"], y_label)
+    fig, ax = plots.figure(f"{title}, by family and size", plots.X_LABELS["params"], y_label)
     finals = [study.final(QUANTITY) for study in group.studies]
     x = plots.limits([v for final in finals for v in final["params"]], 0.06, 0.1)
     plots.log_axes(ax, x, plots.limits([v for final in finals for v in final[QUANTITY]], 0.5, 0.1))
     for study, final in zip(group.studies, finals, strict=True):
         colour, marker = look(families, study.family)
-        row = study.law(QUANTITY)
-        if row.law is None:
-            ax.plot([], [], marker, ms=5, color=colour, label=f"{study.family}: {row.problem}")
-        else:
-            plots.draw_law(ax, row.law, colour, f"{study.family}: ", reach=x, points=False)
         ax.errorbar(
             final["params"], final[QUANTITY], final[f"{QUANTITY}_se"], fmt=marker, ms=5, color=colour,
             ecolor=plots.MUTED, elinewidth=0.9, capsize=2, mec=plots.PAPER, mew=0.5, zorder=3,
+            label=_draw_law(ax, study.law(QUANTITY), study.family, colour, x),
         )  # fmt: skip
     ax.legend(loc="lower left", title="law, 95 % band; bars: ±1 s.e. over images", title_fontsize=7)
     return fig
@@ -61,7 +58,7 @@ def compute_figure(group: Group, families: Sequence[str]) -> Figure:
     """Every run's last-map loss against C, each family's Pareto frontier and its law."""
     title, y_label = plots.QUANTITIES[QUANTITY]
     flops = group.studies[0].flops
-    fig, ax = plots.figure(f"{title}, by family", plots.X_LABELS[flops], y_label)
+    fig, ax = plots.figure(f"{title}, by family and compute", plots.X_LABELS[flops], y_label)
     frames = [study.frame[usable(study.frame, QUANTITY)] for study in group.studies]
     x = plots.limits([v for frame in frames for v in frame[flops]], 0.03, 0.06)
     plots.log_axes(ax, x, plots.limits([v for frame in frames for v in frame[QUANTITY]], 0.4, 0.06))
@@ -69,15 +66,25 @@ def compute_figure(group: Group, families: Sequence[str]) -> Figure:
         colour, marker = look(families, study.family)
         for _, part in frame.groupby("run", sort=False):
             ax.plot(part[flops], part[QUANTITY], color=colour, lw=0.8, alpha=0.35)
-        frontier, row = study.frontiers[QUANTITY, "pareto"], study.law(QUANTITY, flops, "pareto")
-        ax.plot(frontier.x, frontier.y, marker, ms=3.6, mfc=plots.PAPER, mec=colour, mew=0.9, zorder=4)
-        if row.law is None:
-            ax.plot([], [], marker, ms=4, color=colour, label=f"{study.family}: {row.problem}")
-        else:
-            reach = (float(frontier.x.min()), x[1])
-            plots.draw_law(ax, row.law, colour, f"{study.family}: ", reach=reach, points=False)
+        frontier, law = study.frontiers[QUANTITY, "pareto"], study.law(QUANTITY, flops, "pareto")
+        said = _draw_law(ax, law, study.family, colour, (float(frontier.x.min()), x[1]))
+        ax.plot(
+            frontier.x, frontier.y, marker, ms=3.6, mfc=plots.PAPER, mec=colour, mew=0.9, zorder=4, label=said
+        )
     ax.legend(loc="lower left", title="law of the Pareto frontier, 95 % band", title_fontsize=7)
     return fig
+
+
+def _draw_law(ax: Axes, row: Law, family: str, colour: str, reach: tuple[float, float]) -> str:
+    """Draw a law, if there is one; its line of the legend, which goes with the family's marker."""
+    if row.law is None:
+        return f"{family}: {row.problem}"
+    before = len(ax.get_lines())
+    plots.draw_law(ax, row.law, colour, f"{family}: ", reach=reach, points=False)
+    named = next(line for line in ax.get_lines()[before:] if str(line.get_label()).startswith(family))
+    text = str(named.get_label())
+    named.set_label("")
+    return text
 
 
 def fid_figure(protocol: Protocol, x: str, families: Sequence[str]) -> Figure:

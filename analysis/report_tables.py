@@ -150,7 +150,8 @@ def exponent_rows(found: Families) -> list[dict[str, str]]:
             rows.append(
                 {
                     "family": study.family, "tokens": letter, "params": _exponent(plain),
-                    "offset": _exponent(free), "floor": _exponent(free, "offset"), "flops": _exponent(along),
+                    "offset": _exponent(free), "flops": _exponent(along),
+                    "floor": _exponent(free, "offset") if free.drawable else "–",
                     "runs": str(len(study.finished)),
                 }
             )  # fmt: skip
@@ -161,7 +162,7 @@ def exponent_rows(found: Families) -> list[dict[str, str]]:
 def _exponent(row: Law, name: str = "alpha") -> str:
     law = row.law
     if law is None or not law.converged:
-        return f"– ({row.status})"
+        return row.status
     return _with_interval(law.params[name], None if law.no_interval() else law.interval()[name])
 
 
