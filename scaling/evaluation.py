@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from scaling.config import ModelConfig
 from scaling.data.cache import CachedSplit
-from scaling.families.interface import Quantizer
 from scaling.families.registry import FAMILIES
 from scaling.steps import token_columns
+from scaling.tokenizer.quantizer import Quantizer
 
 
 @dataclass(frozen=True)

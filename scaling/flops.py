@@ -139,9 +139,7 @@ class Spent:
 def step_cost(config: RunConfig, scales: tuple[int, ...]) -> Spent:
     """One optimiser step whose images have these side lengths as steps."""
     images, sizes = config.train.batch, tuple((side, side) for side in scales)
-    return Spent(
-        images * sum(side * side for side in scales), images * train_flops(config.model, sizes)
-    )
+    return Spent(images * sum(side * side for side in scales), images * train_flops(config.model, sizes))
 
 
 def spent(config: RunConfig, steps: int) -> Spent:

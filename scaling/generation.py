@@ -24,10 +24,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from scaling.config import FLEXIBLE, ConfigError, ModelConfig, RunConfig, SamplingConfig, from_dict, require
-from scaling.families.interface import FamilyModel, Quantizer, Size
+from scaling.families.interface import FamilyModel
 from scaling.families.registry import FAMILIES, build, family_model
 from scaling.pictures import image_grid
 from scaling.records import RecordsError, RunFolder
+from scaling.tokenizer.quantizer import Quantizer, Size
 from scaling.tokenizer.vqvae import Tokenizer, load_tokenizer
 
 SMOOTHEST, SHARPEST = 0.27, 0.005
@@ -81,6 +82,7 @@ def sample_tokens(
     top_p: float = 0.0,
     smooth: bool = False,
     sizes: Sequence[Size] | None = None,
+    largest: int | None = None,
     forced: Forced | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sample one image per label.
@@ -91,6 +93,8 @@ def sample_tokens(
         smooth: mix the codes by Gumbel-softmax weights instead of taking one, for smoother pictures; as
             published, never for measuring. Next-scale families only.
         sizes: the steps of the image; None for the model's own.
+        largest: FlexVAR's side above which a step is larger than those trained on; None for the largest of
+            the model's own.
         forced: what is known of the images.
 
     Returns:
@@ -103,7 +107,7 @@ def sample_tokens(
     family, steps = FAMILIES[config.family], config.sizes if sizes is None else tuple(sizes)
     require(not smooth or family.guidance is None, f"{config.family} feeds tokens back: none to smooth")
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    both = guidance > 0
+    both, largest = guidance > 0, config.scales[-1] if largest is None else largest
     null_B = torch.full_like(labels_B, config.num_classes)
     decoding = model.begin(torch.cat([labels_B, null_B]) if both else labels_B, steps)
     feed = family.feed(quantizer, batch, steps)
@@ -113,11 +117,11 @@ def sample_tokens(
     for chunk, count in enumerate(model.chunks(steps)):
         doubled = torch.cat([inputs, inputs]) if both and inputs is not None else inputs
         logits_BlV = model.extend(decoding, doubled)
-        progress = ramp(config, steps, chunk)
+        beyond = config.family in FLEXIBLE and max(steps[chunk]) > largest
+        progress = 1.0 if beyond else ramp(config, len(steps), chunk)
         if both:
             weight = guidance * (progress if form == "ramp" else 1.0)
             logits_BlV = (1 + weight) * logits_BlV[:batch] - weight * logits_BlV[batch:]
-        beyond = config.family in FLEXIBLE and max(steps[chunk]) > config.scales[-1]
         kept_BlV = keep_top(logits_BlV, 1 if beyond else top_k, top_p)
         ids_Bl = draw(kept_BlV, generators)
         if forced is not None:
@@ -132,21 +136,17 @@ def sample_tokens(
         tokens.append(ids_Bl)
         inputs = feed.next(chunk, ids_Bl, codes_BlC)
         start += count
-    return torch.cat(tokens, dim=1), feed.latent_BCHW
+    return torch.cat(tokens, dim=1), feed.latent()
 
 
-def ramp(config: ModelConfig, steps: Sequence[Size], chunk: int) -> float:
-    """How far guidance has risen at a step, 0 at the first to 1 at the last.
+def ramp(config: ModelConfig, steps: int, step: int) -> float:
+    """How far guidance has risen at a step: 0 at the first to 1 at the last.
 
-    FlexVAR, as published: it reaches 1 with the trained number of steps and goes on rising after that; steps
-    larger than those trained on are at 1.
+    FlexVAR, as published: 1 is reached with the trained number of steps, and it goes on rising after that.
     """
-    last = max(1, len(steps) - 1)
-    if config.family not in FLEXIBLE:
-        return chunk / last
-    if max(steps[chunk]) > config.scales[-1]:
-        return 1.0
-    return chunk / min(last, max(1, len(config.scales) - 1))
+    last = max(1, steps - 1)
+    trained = max(1, len(config.scales) - 1)
+    return step / (min(last, trained) if config.family in FLEXIBLE else last)
 
 
 def _smoothed(

@@ -1,4 +1,4 @@
-"""Which steps (token maps) a training step of a flexible family uses: pure functions of (seed, step), no torch.
+"""Which token maps a training step of a flexible family uses: pure functions of (seed, step); no torch.
 
 FlexVAR trains on random step schedules, so that it can sample with any (FlexVAR 2502.20313, section 3.2).
 - ``paper``: the first and the last step always, every other one dropped with probability 5 %, at most four

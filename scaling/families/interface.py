@@ -1,6 +1,6 @@
-"""What training, evaluation and sampling ask of a family: its model, and how chosen tokens come back to it.
+"""What training, evaluation and sampling ask of a family: its model, and how drawn tokens come back to it.
 
-Shapes: B images, L tokens (l of one chunk), C latent channels, V vocabulary; sizes are (h, w), coarse to fine.
+Shapes: B images, L tokens (l of one chunk), C latent channels, V vocabulary; sizes are (h, w).
 """
 
 from __future__ import annotations
@@ -14,30 +14,7 @@ from torch import Tensor
 
 from scaling.config import ModelConfig
 from scaling.layers.block import Modulation
-
-Size = tuple[int, int]
-
-
-class Quantizer(Protocol):
-    """What a family asks of a tokenizer's quantiser."""
-
-    def codes(self, tokens: Tensor) -> Tensor:
-        """Codebook vectors (..., C)."""
-        ...
-
-    def start(self, batch: int, sizes: Sequence[Size] | None = None) -> Tensor:
-        """The latent (B, C, H, W) before any token."""
-        ...
-
-    def advance(
-        self, k: int, state_BCHW: Tensor, codes_BChw: Tensor, sizes: Sequence[Size] | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """The latent with step k's codes, and what the next step is predicted from."""
-        ...
-
-    def teacher_inputs(self, tokens_BL: Tensor, sizes: Sequence[Size] | None = None) -> Tensor:
-        """What all steps but the first are predicted from, (B, L − first, C)."""
-        ...
+from scaling.tokenizer.quantizer import Quantizer, Size
 
 
 @dataclass
@@ -88,10 +65,12 @@ class FamilyModel(Protocol):
 class Feed(Protocol):
     """Brings what was drawn back to the model, chunk by chunk, and ends with the image's latent."""
 
-    latent_BCHW: Tensor
-
     def next(self, chunk: int, ids_Bl: Tensor, codes_BlC: Tensor) -> Tensor | None:
         """What the chunk after ``chunk`` is predicted from; None after the last."""
+        ...
+
+    def latent(self) -> Tensor:
+        """What the decoder gets (B, C, h, w), after the last chunk."""
         ...
 
 
@@ -100,15 +79,19 @@ class ScaleFeed:
 
     def __init__(self, quantizer: Quantizer, batch: int, sizes: Sequence[Size]) -> None:
         self._quantizer, self._sizes = quantizer, sizes
-        self.latent_BCHW = quantizer.start(batch, sizes)
+        self._latent_BCHW = quantizer.start(batch, sizes)
 
     def next(self, chunk: int, ids_Bl: Tensor, codes_BlC: Tensor) -> Tensor | None:
         """(B, l, C) codes; None after the last step."""
         codes_BChw = codes_BlC.transpose(1, 2).unflatten(-1, self._sizes[chunk])
-        self.latent_BCHW, following_BChw = self._quantizer.advance(
-            chunk, self.latent_BCHW, codes_BChw, self._sizes
+        self._latent_BCHW, following_BChw = self._quantizer.advance(
+            chunk, self._latent_BCHW, codes_BChw, self._sizes
         )
         return None if following_BChw is None else following_BChw.flatten(2).transpose(1, 2)
+
+    def latent(self) -> Tensor:
+        """(B, C, h, w)."""
+        return self._latent_BCHW
 
 
 class TokenFeed:
@@ -117,13 +100,12 @@ class TokenFeed:
     def __init__(self, quantizer: Quantizer, batch: int, sizes: Sequence[Size]) -> None:
         self._size, self._codes = sizes[-1], list[Tensor]()
 
-    @property
-    def latent_BCHW(self) -> Tensor:
-        """The codes drawn so far; whole after the last token."""
-        return torch.cat(self._codes, dim=1).transpose(1, 2).unflatten(-1, self._size)
-
     def next(self, chunk: int, ids_Bl: Tensor, codes_BlC: Tensor) -> Tensor | None:
         """The token ids (B, 1) themselves; None after the last."""
         self._codes.append(codes_BlC)
         h, w = self._size
         return None if chunk == h * w - 1 else ids_Bl
+
+    def latent(self) -> Tensor:
+        """(B, C, h, w)."""
+        return torch.cat(self._codes, dim=1).transpose(1, 2).unflatten(-1, self._size)

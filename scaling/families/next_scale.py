@@ -36,7 +36,7 @@ from scaling.layers.block import (
 
 
 class NextScale(nn.Module):
-    """A next-scale transformer. ``forward`` is teacher forcing; ``begin`` and ``extend`` sample with a cache."""
+    """The transformer: ``forward`` is teacher forcing, ``begin`` and ``extend`` sample with a cache."""
 
     NO_DECAY: tuple[str, ...] = ("start_position", "positions", "adaln_offset")
     """Weight decay also leaves out biases and everything one-dimensional, as published."""

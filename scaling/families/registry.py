@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from scaling.config import ModelConfig
 from scaling.families.flexvar import FlexVAR
-from scaling.families.interface import FamilyModel, Feed, Quantizer, ScaleFeed, Size, TokenFeed
+from scaling.families.interface import FamilyModel, Feed, ScaleFeed, TokenFeed
 from scaling.families.raster import Raster
 from scaling.families.var import VAR
 from scaling.layers.attention import Backend
+from scaling.tokenizer.quantizer import Quantizer, Size
 
 Inputs = Callable[[Quantizer, Tensor, Sequence[Size]], Tensor]
 

@@ -1,4 +1,4 @@
-"""Block-causal self-attention over the steps of an image, causal attention over a row of tokens, and the cache.
+"""Block-causal attention over the steps of an image, causal attention over a row of tokens, and the cache.
 
 A token of step k attends to every token of the steps up to k. Two back ends compute the same:
 - ``masked``: one scaled-dot-product call with a boolean mask over all L² pairs; the reference.
@@ -45,9 +45,7 @@ def block_causal(sizes: Sequence[Size], backend: Backend, device: torch.device) 
         for h, w in sizes:
             end = start + h * w
             keys, values = k_BHLE[:, :, :end], v_BHLE[:, :, :end]
-            outputs.append(
-                F.scaled_dot_product_attention(q_BHLE[:, :, start:end], keys, values, scale=scale)
-            )
+            outputs.append(F.scaled_dot_product_attention(q_BHLE[:, :, start:end], keys, values, scale=scale))
             start = end
         return torch.cat(outputs, dim=2)
 

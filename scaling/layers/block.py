@@ -108,8 +108,8 @@ class Block(nn.Module):
             place: what the mixer needs to know beside the tokens (attention: an ``Attend``).
             path_scale_2B: factors on the two residual branches of each image (drop path).
         """
-        mixed = self._gated(self.mixer(self._normed(x_BLW, modulation, 0), place), modulation, 0, path_scale_2B)
-        x_BLW = x_BLW + mixed
+        mixed = self.mixer(self._normed(x_BLW, modulation, 0), place)
+        x_BLW = x_BLW + self._gated(mixed, modulation, 0, path_scale_2B)
         hidden = F.gelu(self.mlp_in(self._normed(x_BLW, modulation, 1)), approximate="tanh")
         return x_BLW + self._gated(self.mlp_out(hidden), modulation, 1, path_scale_2B)
 
