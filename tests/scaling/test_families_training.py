@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,13 @@ from scaling.steps import step_scales, token_columns
 from scaling.tokenizer.vqvae import load_tokenizer
 from scaling.trainer import train
 from tests.scaling import tiny
-from tests.scaling.test_trainer import fresh_accelerate, numbers, run  # noqa: F401 - a fixture
+from tests.scaling.test_trainer import (
+    assert_equal_within_rounding,
+    fresh_accelerate,  # noqa: F401 - a fixture
+    numbers,
+    run,
+    start,
+)
 
 OTHERS: list[Family] = [name for name in FAMILIES if name != "var"]  # type: ignore[misc]
 TOKENIZER = dataclasses.replace(tiny.SCALABLE, multipliers=(1, 1), scales=(1, 2, 3, 4))
@@ -116,6 +123,15 @@ def test_resumed_equals_unbroken_bit_for_bit(
     assert numbers(folder) == numbers(unbroken)
     ours, theirs = (load_file(f.path / "final" / "weights.safetensors") for f in (folder, unbroken))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_two_processes_draw_the_same_steps(chain: tuple[Path, Path], tmp_path: Path) -> None:
+    config = config_of("flexvar", steps=20)
+    alone = run(tmp_path / "alone", chain, config)
+    folder = tiny.make_run(tmp_path / "run", config, dataclasses.replace(tiny.LAUNCH, processes=2))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    assert start(folder, chain, launcher).wait(240) == 0
+    assert_equal_within_rounding(folder, alone)
 
 
 def test_a_flexible_run_uses_different_steps() -> None:
