@@ -169,7 +169,7 @@ def _all_figures(
             "against compute with each family's Pareto frontier; each family's own law, without offset."
         )
         if any(len(study.final(families.QUANTITY)) for study in group.studies):
-            make = partial(family_plots.params_figure, group, names)
+            make: Callable[[], Any] = partial(family_plots.params_figure, group, names)
             yield f"{COMPARED}{number}_{families.QUANTITY}_vs_params", caption, make
         if any(len(study.frontiers[families.QUANTITY, "pareto"].x) for study in group.studies):
             make = partial(family_plots.compute_figure, group, names)
