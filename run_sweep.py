@@ -10,7 +10,8 @@ COMMAND is one of
     status     print where every job stands
     report     write the report of what is there
     sample     draw pictures from a finished run
-and one more needs no recipe:
+and two more need no recipe:
+    python run_sweep.py edit WHERE IMAGE [--key value ...]   in-painting and other tasks without training
     python run_sweep.py fit TABLE [--key value ...]      fit a scaling law to any table of runs
 
 RECIPE is a file or the name of a shipped recipe: quickstart, cifar10, cifar10-cpu, imagenet256.
@@ -20,7 +21,7 @@ plan, tokenize and run take any value of the recipe: --train.lr 3e-4 --depths 2 
 
 Exit codes: 0 done; 1 a run failed; 2 bad input, told in one line; 130 interrupted.
 
-This file only parses and dispatches. Torch is imported by nothing here but ``sample``.
+This file only parses and dispatches. Torch is imported by nothing here but ``sample`` and ``edit``.
 """
 
 from __future__ import annotations
@@ -30,14 +31,17 @@ import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
 from scaling.config import ConfigError, DataConfig, from_dict
 from scaling.process import one_line
 from scaling.records import RecordsError
-from sweeps.options import Option, help_text, options_of, parse
+from scaling.requests import EditRequest
+from scaling.schema import here
+from sweeps.options import Option, flag_of, help_text, options_of, parse
 from sweeps.recipe import Recipe, load_recipe
 
 SCRIPT = "python run_sweep.py"
@@ -186,6 +190,22 @@ def sample(recipe: Recipe, options: SampleOptions) -> int:
     return 0
 
 
+def edit(words: tuple[str, str], request: EditRequest) -> int:
+    """edit a picture without training for it: in- and out-painting, another class, refinement, expansion"""
+    where, image = words
+    _ = request.chosen  # the cheap refusal first
+    folder, tokenizer = _model(where, request)
+
+    from torch.cuda import is_available
+
+    from scaling.edit_command import edit as edit_image
+
+    device = "cuda" if is_available() else "cpu"
+    report = edit_image(folder, Path(image), replace(request, tokenizer=tokenizer), device)
+    print(*report.words, report.sheet, sep="\n")
+    return 0
+
+
 def fit(table: str, options: Any) -> int:
     """fit a scaling law to a table of runs (CSV, JSON lines and others), of any project"""
     from analysis.table_fit import fit_table
@@ -208,9 +228,11 @@ class Command:
     """From what the first word names and the options to the exit code; its docstring is its help."""
     options: Callable[[], type]
     """The dataclass of its own options; a function, since not all of them are cheap to import."""
-    takes: Literal["recipe", "sweep", "table"]
+    takes: Literal["recipe", "sweep", "table", "model"]
     """What its first word names: a recipe whose values can be set, the sweep of a recipe as it is on the
-    disk, or a file with a table."""
+    disk, a file with a table, or a model (a run's folder, a sweep with a depth, or a checkpoint)."""
+    further: tuple[str, ...] = ()
+    """Words after the first; then both are given together."""
 
 
 COMMANDS = {
@@ -220,6 +242,7 @@ COMMANDS = {
     "status": Command(status, lambda: StatusOptions, "sweep"),
     "report": Command(report, lambda: ReportOptions, "sweep"),
     "sample": Command(sample, lambda: SampleOptions, "sweep"),
+    "edit": Command(edit, lambda: EditRequest, "model", ("IMAGE",)),
     "fit": Command(fit, _fit_options, "table"),
 }
 
@@ -263,22 +286,26 @@ def dispatch(arguments: list[str]) -> int:
         print(_help(name, command, first))
         return 0
     if first is None:
-        wanted = (
-            "a table: a file with one row per run or evaluation"
-            if command.takes == "table"
-            else "a recipe: a file, or quickstart, cifar10, cifar10-cpu or imagenet256"
-        )
-        raise ConfigError(f"'{name}' needs {wanted}")
+        wanted = {
+            "table": "a table: a file with one row per run or evaluation",
+            "model": "a model: a run's folder, a recipe or sweep with --depth, or a checkpoint",
+        }
+        recipes = "a recipe: a file, or quickstart, cifar10, cifar10-cpu or imagenet256"
+        raise ConfigError(f"'{name}' needs {wanted.get(command.takes, recipes)}")
+    words = rest[: 1 + len(command.further)]
+    for word, given in zip_longest(command.further, words[1:]):
+        if given is None or given.startswith("--"):
+            raise ConfigError(f"'{name}' needs {word} after {words[0]}, a file")
     own = options_of(command.options())
     shared = options_of(Recipe) if command.takes == "recipe" else []
     if command.takes == "sweep":
         _refuse_recipe_values(name, rest[1:], own)
-    values = parse(rest[1:], [*own, *shared])
+    values = parse(rest[len(words) :], [*own, *shared])
     mine = {o.path for o in own}
     chosen = {path[0]: value for path, value in values.items() if path in mine}
-    options: Any = from_dict(command.options(), chosen, lambda path: "--" + ".".join(path).replace("_", "-"))
-    if command.takes == "table":
-        return command.do(first, options)
+    options: Any = from_dict(command.options(), chosen, lambda path: flag_of(path) if path else here(path))
+    if command.takes in ("table", "model"):
+        return command.do(tuple(words) if command.further else first, options)
     recipe = load_recipe(first, {path: value for path, value in values.items() if path not in mine})
     return command.do(recipe, options)
 
@@ -286,8 +313,8 @@ def dispatch(arguments: list[str]) -> int:
 def _help(name: str, command: Command, first: str | None) -> str:
     """A command's own options first; the recipe's values where it takes them and a recipe is named."""
     own = options_of(command.options())
-    word = command.takes.upper() if command.takes == "table" else "RECIPE"
-    text = f"{SCRIPT} {name} {first or word} [--key value ...]\n\n"
+    word = {"table": "TABLE", "model": "WHERE"}.get(command.takes, "RECIPE")
+    text = f"{SCRIPT} {name} {' '.join([first or word, *command.further])} [--key value ...]\n\n"
     text += f"{name} - {command.do.__doc__}\n{help_text(own, command.options()())}"
     if command.takes == "sweep":
         text += (
@@ -315,6 +342,30 @@ def _refuse_recipe_values(name: str, arguments: Sequence[str], own: Sequence[Opt
                 f"{flag} is a value of the recipe, which '{name}' does not use: it reads the sweep as it is "
                 f"on the disk; its own options: {' '.join(sorted(known))}"
             )
+
+
+def _model(where: str, request: EditRequest) -> tuple[str, str | None]:
+    """What ``open_model`` takes, model and tokenizer: WHERE itself, or a sweep's run of the depth given.
+
+    Raises:
+        ConfigError, RecordsError: a sweep without ``--depth``, or without such a finished run.
+    """
+    path = Path(where)
+    if (path / "config.json").exists():
+        return where, request.tokenizer
+    sweep = path
+    if not (path / "sweep.json").exists():
+        if request.depth is None and path.exists() and path.suffix not in (".yaml", ".yml"):
+            return where, request.tokenizer
+        recipe = load_recipe(where)
+        sweep = Path(request.root) / (recipe.name if request.name is None else request.name)
+    if request.depth is None:
+        raise ConfigError(f"{where} is a sweep: --depth says which of its runs")
+
+    from sweeps.commands import finished_run
+
+    folder, tokenizer = finished_run(sweep, request.depth, request.family)
+    return str(folder.path), request.tokenizer or str(tokenizer)
 
 
 def _sweep(recipe: Recipe, options: SweepOptions) -> Path:

@@ -1,9 +1,9 @@
 """Zero-shot editing: what is known of a picture is forced at every step, the rest is drawn.
 
-- In-painting, out-painting and drawing a box as another class (VAR section 5.3) differ in the mask and the class
-  only; without a class the model is given the null class, as published. Every family can: VAR forces the
-  residual tokens of the given image, FlexVAR each step's own tokens, raster those of its one map (it knows
-  what stands before a token only).
+- In-painting, out-painting and drawing a box as another class (VAR section 5.3) differ in the mask and the
+  class only; without a class the model is given the null class, as published. Every family can: VAR forces
+  the residual tokens of the given image, FlexVAR each step's own tokens, raster those of its one map (it
+  knows what stands before a token only).
 - Refinement and expansion (FlexVAR section 4.3) need tokens of one size that mean the same whatever the other
   steps are, and positions of any size: flexible families only.
 - What is kept is kept as the tokenizer makes it. How near that comes to the image is measured over the known
@@ -36,8 +36,6 @@ class Edited:
 
     candidates: Tensor
     """(B, N, 3, H, W) in [−1, 1], as the tokenizer makes them; nothing is pasted."""
-    reconstructions: Tensor
-    """(B, 3, h, w) in [−1, 1]: the tokenizer's own of the given images, at their size."""
     tokens: Tensor
     """(B, N, L) of the candidates."""
     forced: Forced
@@ -75,8 +73,7 @@ def redraw(
     steps = check_sizes(model.config, sizes)
     seen_B3HW = images_B3HW if peek else filled(images_B3HW, masks_BHW)
     forced = Forced(tokenizer.encode(seen_B3HW, steps), ~drawn_tokens(masks_BHW, steps))
-    reconstructions_B3HW = tokenizer.decode(tokenizer.encode(images_B3HW, steps), steps)
-    return _draw(model, tokenizer, forced, reconstructions_B3HW, labels_B, sampling, steps, batch)
+    return _draw(model, tokenizer, forced, labels_B, sampling, steps, batch)
 
 
 def refine(
@@ -101,15 +98,15 @@ def refine(
     """
     h, w = (side // tokenizer.config.downsampling for side in images_B3hw.shape[2:])
     steps = check_sizes(model.config, refining_sizes((h, w), model.config.scales) if sizes is None else sizes)
-    require((h, w) in steps, f"refinement goes through the image's own size, {h} x {w} tokens; not in {steps}")
+    require(
+        (h, w) in steps, f"refinement goes through the image's own size, {h} x {w} tokens; not in {steps}"
+    )
     known = steps[: steps.index((h, w)) + 1]
     tokens_Bl = tokenizer.encode(images_B3hw, known)
     drawn = sum(rows * columns for rows, columns in steps) - tokens_Bl.shape[1]
     tokens_BL = F.pad(tokens_Bl, (0, drawn))
     keep_BL = F.pad(torch.ones_like(tokens_Bl, dtype=torch.bool), (0, drawn))
-    reconstructions_B3hw = tokenizer.decode(tokens_Bl, known)
-    forced = Forced(tokens_BL, keep_BL)
-    return _draw(model, tokenizer, forced, reconstructions_B3hw, labels_B, sampling, steps, batch)
+    return _draw(model, tokenizer, Forced(tokens_BL, keep_BL), labels_B, sampling, steps, batch)
 
 
 def refining_sizes(size: Size, scales: Sequence[int]) -> tuple[Size, ...]:
@@ -118,14 +115,19 @@ def refining_sizes(size: Size, scales: Sequence[int]) -> tuple[Size, ...]:
     Raises:
         ConfigError: an image smaller than the first step.
     """
-    require(min(size) >= scales[0], f"an image of {size[0]} x {size[1]} tokens is smaller than the first step")
+    require(
+        min(size) >= scales[0], f"an image of {size[0]} x {size[1]} tokens is smaller than the first step"
+    )
     return proportional_sizes((2 * size[0], 2 * size[1]), scales, through=(min(size),))
 
 
-def extended(images_B3hw: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+def extended(images_B3hw: Tensor, height: int, width: int, grid: int = 1) -> tuple[Tensor, Tensor]:
     """Images in the middle of a larger canvas (B, 3, H, W), and the mask (B, H, W) of what is not known.
 
     ``redraw`` then expands them. The unknown part is mid-grey until it is filled.
+
+    Args:
+        grid: the images begin at a multiple of so many pixels, so that whole tokens of theirs are known.
 
     Raises:
         ConfigError: a canvas smaller than the images.
@@ -133,12 +135,21 @@ def extended(images_B3hw: Tensor, height: int, width: int) -> tuple[Tensor, Tens
     B, _, h, w = images_B3hw.shape
     if height < h or width < w:
         raise ConfigError(f"a canvas of {height} x {width} pixels does not hold an image of {h} x {w}")
-    top, left = (height - h) // 2, (width - w) // 2
+    top, left = ((whole - part) // 2 // grid * grid for whole, part in ((height, h), (width, w)))
     canvas_B3HW = images_B3hw.new_zeros(B, 3, height, width)
     masks_BHW = torch.ones(B, height, width, dtype=torch.bool, device=images_B3hw.device)
     canvas_B3HW[:, :, top : top + h, left : left + w] = images_B3hw
     masks_BHW[:, top : top + h, left : left + w] = False
     return canvas_B3HW, masks_BHW
+
+
+def reconstructed(tokenizer: Tokenizer, images_B3HW: Tensor) -> Tensor:
+    """The tokenizer's own pictures of images whose sides are multiples of its downsampling."""
+    sizes: tuple[Size, ...] | None = None
+    if tokenizer.config.quantizer == "scalable":  # the picture is made of the last step alone, of any size
+        h, w = (side // tokenizer.config.downsampling for side in images_B3HW.shape[2:])
+        sizes = ((h, w),)
+    return tokenizer.decode(tokenizer.encode(images_B3HW, sizes), sizes)
 
 
 def check_sizes(config: ModelConfig, sizes: Sequence[Size] | None) -> tuple[Size, ...]:
@@ -164,7 +175,6 @@ def _draw(
     model: FamilyModel,
     tokenizer: Tokenizer,
     forced: Forced,
-    reconstructions_B3HW: Tensor,
     labels_B: Tensor | None,
     sampling: SamplingConfig,
     steps: tuple[Size, ...],
@@ -175,10 +185,8 @@ def _draw(
     if labels_B is None:  # the null class has no other to be guided away from
         labels_B = torch.full((B,), model.config.num_classes, device=forced.tokens_BL.device)
         sampling = replace(sampling, guidance=0.0)
-    short, largest = min(steps[-1]), None
-    if short <= model.config.scales[-1]:
-        # Longer only in one direction: what is drawn is no finer than what the model was trained on.
-        largest = max(steps[-1])
+    # Longer in one direction only, a step shows nothing finer than what the model was trained on.
+    largest = max(steps[-1]) if min(steps[-1]) <= model.config.scales[-1] else None
     images, tokens = [], []
     for start in range(0, B * N, batch):
         rows = torch.arange(start, min(start + batch, B * N), device=labels_B.device)
@@ -193,7 +201,6 @@ def _draw(
         images.append(tokenizer.decode_features(latent_bCHW).clamp(-1, 1))
     return Edited(
         candidates=torch.cat(images).unflatten(0, (B, N)),
-        reconstructions=reconstructions_B3HW,
         tokens=torch.cat(tokens).unflatten(0, (B, N)),
         forced=forced,
         sizes=steps,

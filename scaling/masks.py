@@ -4,16 +4,16 @@ Which tokens are drawn
 - The last step is the picture's own grid: a token is drawn if *any* of its pixels is masked, so nothing that
   should go stays. Known pixels of such tokens come back when the original is pasted (``pasted``).
 - A coarser token is drawn if at least half of what it stands for is: its share is averaged over the cell that
-  the quantiser averages features over. Neither extreme serves. Were one masked pixel enough, the 1×1 step, and
-  with it the colour of everything, would always be drawn; residual tokens of finer steps, which mend what is
-  left of *the given image's* coarse ones, would then mend what is not there. Were only wholly masked cells
-  drawn, a hole smaller than a cell would keep its old contents at every coarse step. VAR's notebook weighs the
-  same way (a token is kept if more than half is), but looks at the four middle cells only and always keeps the
-  1×1 step; here a mask of everything draws everything.
+  the quantiser averages features over. Neither extreme serves. Were one masked pixel enough, the 1×1 step,
+  and with it the colour of everything, would always be drawn; residual tokens of finer steps, which mend what
+  is left of *the given image's* coarse ones, would then mend what is not there. Were only wholly masked cells
+  drawn, a hole smaller than a cell would keep its old contents at every coarse step. VAR's notebook weighs
+  the same way (a token is kept if more than half is), but looks at the four middle cells only and always
+  keeps the 1×1 step; here a mask of everything draws everything.
 
 What is under the mask
-- A kept token next to the hole, or around it at a coarse step, would still tell of the pixels that should not be
-  known. ``filled`` replaces them by a smooth continuation of the known ones before the image is encoded.
+- A kept token next to the hole, or around it at a coarse step, would still tell of the pixels that should not
+  be known. ``filled`` replaces them by a smooth continuation of the known ones before the image is encoded.
 
 Shapes: B images, 3 colours, H W pixels, h w the tokens of one step, L = Σ h·w; masks are True where painted.
 """
@@ -46,8 +46,8 @@ def drawn_tokens(masks_BHW: Tensor, sizes: Sequence[Size]) -> Tensor:
 def filled(images_B3HW: Tensor, masks_BHW: Tensor) -> Tensor:
     """The images with the masked pixels continued smoothly from the known ones; mid-grey if none is known.
 
-    Pull and push (Gortler et al., The Lumigraph, 1996): averages of known pixels over ever larger areas, until
-    there is one everywhere; then each gap takes the enlarged average of the next coarser level.
+    Pull and push (Gortler et al., The Lumigraph, 1996): averages of known pixels over ever larger areas,
+    until there is one everywhere; then each gap takes the enlarged average of the next coarser level.
     """
     known_B1HW = (~masks_BHW)[:, None].to(images_B3HW.dtype)
     smooth_B3HW = _pull_push(images_B3HW * known_B1HW, known_B1HW)
@@ -61,7 +61,9 @@ def _pull_push(sums_B3HW: Tensor, weights_B1HW: Tensor) -> Tensor:
     if (H, W) == (1, 1):
         return own_B3HW
     half = (-(-H // 2), -(-W // 2))
-    coarse_B3hw = _pull_push(F.adaptive_avg_pool2d(sums_B3HW, half), F.adaptive_avg_pool2d(weights_B1HW, half))
+    coarse_B3hw = _pull_push(
+        F.adaptive_avg_pool2d(sums_B3HW, half), F.adaptive_avg_pool2d(weights_B1HW, half)
+    )
     enlarged_B3HW = F.interpolate(coarse_B3hw, (H, W), mode="bilinear")
     return torch.where(weights_B1HW > 0, own_B3HW, enlarged_B3HW)
 
@@ -69,8 +71,8 @@ def _pull_push(sums_B3HW: Tensor, weights_B1HW: Tensor) -> Tensor:
 def pasted(painted_B3HW: Tensor, originals_B3HW: Tensor, masks_BHW: Tensor, feather: int) -> Tensor:
     """The original's known pixels on the painted picture, faded into it at the seam.
 
-    Masked pixels are the painted ones; those further than ``feather`` pixels from the mask the original's; the
-    share of the painted picture falls linearly between them.
+    Masked pixels are the painted ones; those further than ``feather`` pixels from the mask the original's;
+    the share of the painted picture falls linearly between them.
     """
     reached_B1HW = masks_BHW[:, None].to(painted_B3HW.dtype)
     share_B1HW = reached_B1HW.clone()

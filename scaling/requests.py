@@ -18,7 +18,7 @@ class EditRequest:
     """Options of ``edit``."""
 
     root: str = "runs"
-    """The folder of all sweeps, where WHERE is a sweep."""
+    """The folder of all sweeps, where WHERE is a recipe."""
     name: str | None = None
     """The sweep's folder under the root; by default the recipe's name."""
     depth: int | None = None
@@ -28,19 +28,18 @@ class EditRequest:
     tokenizer: str | None = None
     """The tokenizer of a published checkpoint."""
     task: Task | None = None
-    """inpaint: paint the mask or the box; outpaint: paint all but the box; class: paint the box as another
-    class; refine: draw the image at twice its size; expand: continue it to a larger canvas. Needed; the last
-    two are for flexvar and flexvar-mamba."""
+    """Needed. Paint the mask or box (inpaint), all but the box (outpaint), the box as another class (class);
+    draw the image at twice its size (refine), continue it to a larger canvas (expand)."""
     mask: str | None = None
-    """A picture of the image's size, white where it is to be painted and black elsewhere."""
+    """A picture of the image's size, white where it is painted and black elsewhere."""
     box: tuple[float, ...] | None = None
-    """Instead of a mask: left, upper, right and lower edge, in pixels of the image or all as fractions of it."""
+    """Instead: left, upper, right and lower edge, in pixels of the image or all as fractions of it."""
     class_: int | None = None
-    """The class to draw. By default none, as published; needed by the task 'class'."""
+    """The class to draw; by default none, as published."""
     cfg: float = 1.5
-    """Classifier-free guidance towards the class; without a class there is nothing to guide to."""
+    """Classifier-free guidance towards the class."""
     cfg_form: Literal["ramp", "constant"] = "ramp"
-    """Guidance rises over the steps (ramp), or is the same at all."""
+    """Guidance rises over the steps, or is the same at all."""
     top_k: int = 0
     """Draw from the k most likely tokens only; 0 from all."""
     top_p: float = 0.0
@@ -48,24 +47,22 @@ class EditRequest:
     count: int = 4
     """Number of candidates."""
     seed: int = 0
-    """The same seed draws the same candidates; each further one has the next seed."""
+    """The same seed draws the same candidate; each further one has the next."""
     batch: int = 16
     """Candidates drawn at once; it does not change them."""
     scales: tuple[int, ...] | None = None
-    """Side lengths of the steps in tokens, of the shorter side where the picture is not square; for flexvar and
-    flexvar-mamba. By default the model's own."""
+    """Steps, as tokens on the shorter side; for flexvar and flexvar-mamba."""
     size: str | None = None
-    """Height x width of the result in pixels, such as 32x48, for flexvar and flexvar-mamba: by default the
-    model's resolution, and twice the image for the task 'refine'. Needed by the task 'expand'."""
+    """The result's height x width in pixels, such as 32x48; for flexvar and flexvar-mamba."""
     peek: bool = False
-    """Let the kept tokens see what is under the mask, as in the published notebook. By default it is replaced
-    by a smooth continuation first, and nothing of it can come back."""
+    """Kept tokens may tell of what is under the mask, as in the published notebook; by default it is
+    replaced by a smooth continuation before the image is encoded."""
     paste: bool = True
-    """Paste the known pixels of the image into the result; otherwise they are as the tokenizer makes them."""
+    """Paste the image's known pixels into the result."""
     feather: int | None = None
-    """Width in pixels of the seam where pasted pixels fade into painted ones; by default a quarter of a token."""
+    """Width in pixels of the seam between pasted and painted; by default a quarter of a token."""
     out: str | None = None
-    """The folder of the pictures; by default edit-<image>-<task>-<settings> in the run's folder, or here."""
+    """The folder of the pictures; by default edit-<settings> in the run's folder, or here."""
 
     def __post_init__(self) -> None:
         require(self.count >= 1, f"--count must be at least 1, got {self.count}")
@@ -82,7 +79,8 @@ class EditRequest:
         given = [name for name in ("mask", "box") if getattr(self, name) is not None]
         if self.task in PAINTED:
             require(
-                len(given) == 1, f"--task {self.task} needs --mask or --box, got {' and '.join(given) or 'none'}"
+                len(given) == 1,
+                f"--task {self.task} needs --mask or --box, got {' and '.join(given) or 'none'}",
             )
         else:
             require(

@@ -1,6 +1,7 @@
 """Which token maps a flexible family uses, in a training step and for other shapes of picture; no torch.
 
-Those of training are pure functions of (seed, step). FlexVAR trains on random step schedules, so that it can sample with any (FlexVAR 2502.20313, section 3.2).
+Those of training are pure functions of (seed, step). FlexVAR trains on random step schedules, so that it can
+sample with any (FlexVAR 2502.20313, section 3.2).
 - ``paper``: the first and the last step always, every other one dropped with probability 5 %, at most four
   in all: 6 to 10 of the usual ten.
 - ``published``: what the published code does instead. With probability 5 % the usual ten; else sides 1, 2,
@@ -99,17 +100,24 @@ def proportional_sizes(
     """
     first, short = scales[0], min(target)
     require(
-        short >= first, f"a picture of {target[0]} x {target[1]} tokens is smaller than the first step, {first}"
+        short >= first,
+        f"a picture of {target[0]} x {target[1]} tokens is smaller than the first step, {first}",
     )
     sides = {side for side in (*scales, *through) if side < short} | {short}
     if short > scales[-1]:
         ratio = scales[-1] / scales[-2] if len(scales) > 1 else 2.0
         count = math.ceil(math.log(short / scales[-1]) / math.log(ratio))
-        # Rounded half up: rounding to even would treat odd and even sides differently.
-        sides |= {int(scales[-1] * (short / scales[-1]) ** (i / count) + 0.5) for i in range(1, count)}
-    steps = [tuple(int(side * whole / short + 0.5) for whole in target) for side in sorted(sides)]
-    first_step = (first, first)
-    return tuple([first_step, *((h, w) for h, w in steps if min(h, w) > first or (h, w) == target != first_step)])
+        growth = (short / scales[-1]) ** (1 / count)
+        sides |= {_half_up(scales[-1] * growth**i) for i in range(1, count)}
+    h, w = target
+    larger = [side for side in sorted(sides) if side > first]
+    steps = ((first, first), *((_half_up(side * h / short), _half_up(side * w / short)) for side in larger))
+    return steps if steps[-1] == target else (*steps, target)
+
+
+def _half_up(value: float) -> int:
+    # Rounding to even would treat odd and even sides differently.
+    return int(value + 0.5)
 
 
 def token_columns(cached: tuple[int, ...], scales: tuple[int, ...]) -> np.ndarray:

@@ -162,7 +162,7 @@ def show_status(sweep: Path, as_json: bool) -> int:
     return 0
 
 
-def finished_run(sweep: Path, depth: int) -> tuple[RunFolder, Path]:
+def finished_run(sweep: Path, depth: int, family: str | None = None) -> tuple[RunFolder, Path]:
     """The first finished run of a depth and the folder of its tokenizer's run.
 
     Raises:
@@ -175,7 +175,7 @@ def finished_run(sweep: Path, depth: int) -> tuple[RunFolder, Path]:
         model = folder.config()["model"]
         if folder.status()["state"] == "done":
             depths.add(model["depth"])
-            if model["depth"] == depth:
+            if model["depth"] == depth and family in (None, model["family"]):
                 return folder, (sweep / str(value["tokenizer"])).resolve()
     known = ", ".join(map(str, sorted(depths))) or "none yet"
     raise RecordsError(f"{sweep}: no finished run of depth {depth}; finished depths: {known}")

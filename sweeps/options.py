@@ -38,7 +38,7 @@ class Option:
     @property
     def flag(self) -> str:
         """As it is written: ``--tokenizer-train.steps``."""
-        return "--" + ".".join(self.path).replace("_", "-")
+        return flag_of(self.path)
 
     @property
     def many(self) -> bool:
@@ -58,6 +58,11 @@ class Option:
             else:
                 parts.append(names[hint])
         return "|".join(parts)
+
+
+def flag_of(path: Keys) -> str:
+    """The option of a value; a field named after a word of Python's ends with an underscore, ``class_``."""
+    return "--" + ".".join(key.removesuffix("_") for key in path).replace("_", "-")
 
 
 def options_of(cls: type, path: Keys = ()) -> list[Option]:
