@@ -72,7 +72,8 @@ def redraw(
     """
     steps = check_sizes(model.config, sizes)
     seen_B3HW = images_B3HW if peek else filled(images_B3HW, masks_BHW)
-    forced = Forced(tokenizer.encode(seen_B3HW, steps), ~drawn_tokens(masks_BHW, steps))
+    drawn_BL = drawn_tokens(masks_BHW, steps, tokenizer.config.quantizer)
+    forced = Forced(tokenizer.encode(seen_B3HW, steps), ~drawn_BL)
     return _draw(model, tokenizer, forced, labels_B, sampling, steps, batch)
 
 

@@ -7,18 +7,10 @@ here and are left out. A state dict with missing or unexpected keys is refused b
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from scaling.config import RunConfig
-from scaling.families.interface import FamilyModel
-from scaling.generation import load_model
-from scaling.records import RunFolder
 from scaling.schema import ConfigError
-from scaling.tokenizer.vqvae import Tokenizer, load_tokenizer
 
 _BUFFERS = re.compile(r"(^lvl_1L$|attn_bias_for_masking$|zero_k_bias$)")
 _TOP = {
@@ -84,27 +76,3 @@ def transformer_from_published(state: dict[str, Tensor]) -> dict[str, Tensor]:
             value = value.reshape(-1)
         converted[name] = value
     return converted
-
-
-@dataclass(frozen=True)
-class Opened:
-    """Stand-in until branch pretrained is merged."""
-
-    model: FamilyModel
-    tokenizer: Tokenizer
-    name: str
-    run: RunConfig | None
-    notes: tuple[str, ...] = ()
-
-
-def open_model(
-    where: str | Path, tokenizer: str | Path | None = None, device: str | torch.device = "cpu"
-) -> Opened:
-    """Stand-in until branch pretrained is merged."""
-    path = Path(where)
-    if not (path / "config.json").exists():
-        raise ConfigError(f"{where}: no such model")
-    model, run = load_model(RunFolder(path), device)
-    own = path.absolute().parent.parent / "tokenizers" / run.tokenizer_run.run_id
-    found = load_tokenizer((own if tokenizer is None else Path(tokenizer)) / "tokenizer").to(device)
-    return Opened(model, found, path.absolute().name, run)
