@@ -101,6 +101,11 @@ def check(config: TokenizerRunConfig, processes: int) -> None:
         f"data.resolution must be at least {metrics.WINDOW} (the window of SSIM), got {resolution}",
     )
     require(
+        config.train.entropy == 0 or tokenizer.quantizer == "scalable",
+        "tokenizer_train.entropy is a term of the scalable tokenizer: set it to 0 or tokenizer.quantizer to "
+        "'scalable'",
+    )
+    require(
         config.train.batch % processes == 0,
         f"tokenizer_train.batch {config.train.batch} cannot be shared evenly by {processes} processes",
     )
