@@ -84,7 +84,8 @@ def read_weights(where: str | Path) -> WeightFile:
             ", ".join(list(map(str, content))[:8]) if isinstance(content, Mapping) else type(content).__name__
         )
         raise ConfigError(
-            f"{path}: no state dict in it, at the top or under {', '.join(NESTINGS)}; it holds {what or 'nothing'}"
+            f"{path}: no state dict in it, at the top or under {', '.join(NESTINGS)}; it holds "
+            f"{what or 'nothing'}"
         )
     return WeightFile(path, states, notes)
 
