@@ -39,10 +39,10 @@ from typing import Any, Literal
 from scaling.config import ConfigError, DataConfig, from_dict
 from scaling.process import one_line
 from scaling.records import RecordsError
-from scaling.requests import EditRequest
+from scaling.requests import EditRequest, ModelChoice
 from scaling.schema import here
 from sweeps.options import Option, flag_of, help_text, options_of, parse
-from sweeps.recipe import Recipe, load_recipe
+from sweeps.recipe import SHIPPED, Recipe, load_recipe
 
 SCRIPT = "python run_sweep.py"
 REFUSED = 2
@@ -344,28 +344,25 @@ def _refuse_recipe_values(name: str, arguments: Sequence[str], own: Sequence[Opt
             )
 
 
-def _model(where: str, request: EditRequest) -> tuple[str, str | None]:
-    """What ``open_model`` takes, model and tokenizer: WHERE itself, or a sweep's run of the depth given.
+def _model(where: str, choice: ModelChoice) -> tuple[str, str | None]:
+    """What ``open_model`` takes, model and tokenizer: WHERE itself, or a run of the sweep that it names.
 
     Raises:
         ConfigError, RecordsError: a sweep without ``--depth``, or without such a finished run.
     """
-    path = Path(where)
-    if (path / "config.json").exists():
-        return where, request.tokenizer
-    sweep = path
-    if not (path / "sweep.json").exists():
-        if request.depth is None and path.exists() and path.suffix not in (".yaml", ".yml"):
-            return where, request.tokenizer
+    sweep = Path(where)
+    if not (sweep / "sweep.json").exists():
+        if sweep.suffix not in (".yaml", ".yml") and not (SHIPPED / f"{where}.yaml").exists():
+            return where, choice.tokenizer
         recipe = load_recipe(where)
-        sweep = Path(request.root) / (recipe.name if request.name is None else request.name)
-    if request.depth is None:
+        sweep = Path(choice.root) / (recipe.name if choice.name is None else choice.name)
+    if choice.depth is None:
         raise ConfigError(f"{where} is a sweep: --depth says which of its runs")
 
     from sweeps.commands import finished_run
 
-    folder, tokenizer = finished_run(sweep, request.depth, request.family)
-    return str(folder.path), request.tokenizer or str(tokenizer)
+    folder, tokenizer = finished_run(sweep, choice.depth, choice.family)
+    return str(folder.path), choice.tokenizer or str(tokenizer)
 
 
 def _sweep(recipe: Recipe, options: SweepOptions) -> Path:

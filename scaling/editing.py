@@ -114,12 +114,15 @@ def refining_sizes(size: Size, scales: Sequence[int]) -> tuple[Size, ...]:
     """Steps from the first through ``size`` to twice it.
 
     Raises:
-        ConfigError: an image smaller than the first step.
+        ConfigError: an image too small to be a step.
     """
+    h, w = size
     require(
-        min(size) >= scales[0], f"an image of {size[0]} x {size[1]} tokens is smaller than the first step"
+        min(size) > scales[0] or size == (scales[0], scales[0]),
+        f"an image of {h} x {w} tokens is too small to be refined: the first step is {scales[0]} x {scales[0]}, "
+        "the next larger both ways",
     )
-    return proportional_sizes((2 * size[0], 2 * size[1]), scales, through=(min(size),))
+    return proportional_sizes((2 * h, 2 * w), scales, through=(min(size),))
 
 
 def extended(images_B3hw: Tensor, height: int, width: int, grid: int = 1) -> tuple[Tensor, Tensor]:

@@ -92,8 +92,8 @@ class EvaluateRequest:
 
 
 @dataclass(frozen=True)
-class EditRequest:
-    """Options of ``edit``."""
+class ModelChoice:
+    """Which model WHERE is, for commands that take a run's folder, a run of a sweep, or a checkpoint."""
 
     root: str = "runs"
     """The folder of all sweeps, where WHERE is a recipe."""
@@ -104,7 +104,13 @@ class EditRequest:
     family: str | None = None
     """Which family of a sweep that has several."""
     tokenizer: str | None = None
-    """The tokenizer of a published checkpoint."""
+    """The tokenizer, of a published checkpoint; a run finds its own."""
+
+
+@dataclass(frozen=True)
+class EditRequest(ModelChoice):
+    """Options of ``edit``."""
+
     task: Task | None = None
     """Needed. Paint the mask or box (inpaint), all but the box (outpaint), the box as another class (class);
     draw the image at twice its size (refine), continue it to a larger canvas (expand)."""
