@@ -116,11 +116,11 @@ def refining_sizes(size: Size, scales: Sequence[int]) -> tuple[Size, ...]:
     Raises:
         ConfigError: an image too small to be a step.
     """
-    h, w = size
+    (h, w), first = size, scales[0]
     require(
-        min(size) > scales[0] or size == (scales[0], scales[0]),
-        f"an image of {h} x {w} tokens is too small to be refined: the first step is {scales[0]} x {scales[0]}, "
-        "the next larger both ways",
+        min(size) > first or size == (first, first),
+        f"an image of {h} x {w} tokens is too small to be refined: no step but the first, {first} x {first}, "
+        f"has a side of {first}",
     )
     return proportional_sizes((2 * h, 2 * w), scales, through=(min(size),))
 
