@@ -191,7 +191,7 @@ def sample(recipe: Recipe, options: SampleOptions) -> int:
 
 
 def edit(words: tuple[str, str], request: EditRequest) -> int:
-    """edit a picture without training for it: in- and out-painting, another class, refinement, expansion"""
+    """edit IMAGE, a file or val:N of the run's data: in- and out-painting, a class, refinement, expansion"""
     where, image = words
     _ = request.chosen  # the cheap refusal first
     folder, tokenizer = _model(where, request)
@@ -201,7 +201,7 @@ def edit(words: tuple[str, str], request: EditRequest) -> int:
     from scaling.edit_command import edit as edit_image
 
     device = "cuda" if is_available() else "cpu"
-    report = edit_image(folder, Path(image), replace(request, tokenizer=tokenizer), device)
+    report = edit_image(folder, image, replace(request, tokenizer=tokenizer), device)
     print(*report.words, report.sheet, sep="\n")
     return 0
 
@@ -295,7 +295,7 @@ def dispatch(arguments: list[str]) -> int:
     words = rest[: 1 + len(command.further)]
     for word, given in zip_longest(command.further, words[1:]):
         if given is None or given.startswith("--"):
-            raise ConfigError(f"'{name}' needs {word} after {words[0]}, a file")
+            raise ConfigError(f"'{name}' needs {word} after {words[0]}")
     own = options_of(command.options())
     shared = options_of(Recipe) if command.takes == "recipe" else []
     if command.takes == "sweep":

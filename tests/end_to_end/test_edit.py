@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,10 @@ import pytest
 from PIL import Image
 
 import run_sweep
-from scaling.config import Family
+from scaling.config import ConfigError, Family
+from scaling.data.sources import open_source
+from scaling.data.transforms import view_array
+from scaling.edit_inputs import read_image
 from tests.scaling import tiny
 from tests.scaling.test_trainer import run
 
@@ -217,7 +221,7 @@ def test_pictures_go_beside_the_run_by_default(
         (
             "flexvar",
             ("--task", "inpaint", "--box", "0", "0", "1", "1", "--scales", "1", "3"),
-            "--scales must end at 2, the result's shorter side in tokens, got 3",
+            "--scales must end at 2, the result's shorter side in tokens, got 1 3",
         ),
         (
             "flexvar",
@@ -273,6 +277,20 @@ def test_unreadable_images_and_missing_words_are_told(
     assert run_sweep.main(["edit", var[0], str(broken), "--tokenizer", var[1], *box]) == 2
     assert capsys.readouterr().err.startswith(f"error: {broken}: cannot identify image file")
     assert run_sweep.main(["edit", var[0], *box]) == 2
-    assert capsys.readouterr().err == f"error: 'edit' needs IMAGE after {var[0]}, a file\n"
+    assert capsys.readouterr().err == f"error: 'edit' needs IMAGE after {var[0]}\n"
     assert run_sweep.main(["edit", "quickstart", str(broken), *box]) == 2
     assert capsys.readouterr().err == "error: quickstart is a sweep: --depth says which of its runs\n"
+
+
+def test_an_image_can_be_one_of_the_runs_own() -> None:
+    plain = tiny.run_config()
+    data = replace(tiny.DATA, num_classes=18)
+    config = replace(plain, data=data, model=replace(plain.model, num_classes=18))
+    picture, words = read_image("val:5", config)
+    assert picture.size == (8, 8)
+    assert words == ["val:5 is of class 5, china"]
+    assert np.array_equal(np.asarray(picture), view_array(open_source(data).image("val", 5), data, None))
+    with pytest.raises(ConfigError, match="val:10: the run has validation images 0 to 9"):
+        read_image("val:10", config)
+    with pytest.raises(ConfigError, match="a checkpoint has none, give a file"):
+        read_image("val:5", None)
