@@ -8,7 +8,8 @@
     <folder>/data.json         fingerprint of the images that a tokenizer or a token cache is made from
     <folder>/checkpoints/      step-<n>/ folders of safetensors and JSON (scaling.checkpoint)
 
-The same layout serves tokenizer runs, token caches and transformer runs. No torch.
+The same layout serves tokenizer runs, token caches and transformer runs. No torch. A sweep's folder holds
+``sweep.json`` beside its runs, with the list of them (``read_sweep``).
 
 A job of several processes has one that writes ``status.json``, over and over; an error of another one
 would be lost between its reading and its writing. So a failure has a file of its own, that only the first
@@ -32,6 +33,7 @@ import os
 import time
 import uuid
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -310,17 +312,65 @@ class RunFolder:
             return True
 
 
+@dataclass(frozen=True)
+class ListedRun:
+    """One run as ``sweep.json`` lists it; the fields are the keys there."""
+
+    run: str
+    family: str
+    tokenizer: str
+    """Folder of the tokenizer's run, from the sweep's folder: ``../tokenizers/<id>``."""
+    tokens: str
+    """Folder of the token cache, likewise."""
+
+
+@dataclass(frozen=True)
+class SweepRecord:
+    """A sweep's ``sweep.json``."""
+
+    value: dict[str, Any]
+    """All of it: name, recipe, runs, command, commit."""
+    runs: tuple[ListedRun, ...]
+
+
+def read_sweep(sweep: str | Path) -> SweepRecord:
+    """``sweep.json`` of a sweep folder.
+
+    Raises:
+        RecordsError: not there, or not of this form; a tokenizer or tokens outside the folder of all sweeps.
+    """
+    root = Path(sweep)
+    file = root / "sweep.json"
+    value = read_json(file)
+    keys = tuple(ListedRun.__dataclass_fields__)
+    listed = value.get("runs") if isinstance(value, dict) else None
+    if not isinstance(listed, list) or not all(
+        isinstance(run, dict) and all(isinstance(run.get(key), str) for key in keys) for run in listed
+    ):
+        raise RecordsError(
+            f"{file}: expected an object with a list of runs, each with {', '.join(keys)}; "
+            "'run' with the same recipe and --root writes it again"
+        )
+    runs = tuple(ListedRun(**{key: run[key] for key in keys}) for run in listed)
+    everything = root.absolute().parent
+    for run in runs:
+        for key, link in (("tokenizer", run.tokenizer), ("tokens", run.tokens)):
+            if not Path(os.path.normpath(root.absolute() / link)).is_relative_to(everything):
+                raise RecordsError(f"{file}: {key} {link!r} of {run.run} lies outside {everything.name}/")
+    return SweepRecord(value, runs)
+
+
 def list_runs(sweep: str | Path) -> list[RunFolder]:
     """The transformer runs of a sweep folder, in the order of its ``sweep.json`` (else by name).
 
     Raises:
-        RecordsError: no such folder, or no runs in it.
+        RecordsError: no such folder, no runs in it, or a damaged ``sweep.json``.
     """
     root = Path(sweep)
     if not root.is_dir():
         raise RecordsError(f"{root}: no such sweep folder; run the sweep first")
     if (root / "sweep.json").exists():
-        names = read_json(root / "sweep.json").get("runs", [])
+        names = [listed.run for listed in read_sweep(root).runs]
         runs = [RunFolder(root / name) for name in names if (root / name / "config.json").exists()]
     else:
         runs = [RunFolder(p.parent) for p in sorted(root.glob("*/config.json"))]

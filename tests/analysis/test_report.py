@@ -17,7 +17,8 @@ from PIL import Image
 from analysis import make_report
 from analysis.files import plain, write_bytes
 from analysis.findings import headline
-from analysis.report import PICTURE_BYTES, _forecast_rows
+from analysis.report_pictures import PICTURE_BYTES
+from analysis.report_tables import forecast_rows
 from analysis.study import make_study
 from scaling.records import RecordsError, write_json
 from tests.analysis import fabricate
@@ -211,7 +212,7 @@ def test_values_of_a_report_are_strict_json() -> None:
 
 def test_a_forecast_of_a_fit_that_failed_has_no_numbers(tmp_path: Path) -> None:
     study = make_study(fabricate.sweep(tmp_path, noise=2e-3))
-    rows = _forecast_rows(study)
+    rows = forecast_rows(study)
     laws = [f.law for found in study.forecasts.values() for _, f in found]
     assert {law.converged for law in laws} == {True, False}
     for row, law in zip(rows, laws, strict=True):
