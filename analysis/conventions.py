@@ -33,9 +33,9 @@ Costs = Mapping[str, Mapping[str, Any]]
 """Run name -> the value of its ``costs.json``."""
 Exponent = Literal["params", "flops", "optimal"]
 PARAMS_PARTS = ("qkv", "projection", "mlp", "adaln", "adaln_shared", "biases", "embeddings", "head")
-FLOPS_PARTS = ("qkv", "projection", "mlp", "attention", "conv", "scan", "adaln", "embedding", "head")
-OF_SOME_FAMILIES = ("conv", "scan")
-"""Parts that only a Mamba has; elsewhere they are 0."""
+MAMBA_PARTS = ("conv", "scan")
+"""Parts that only runs of flexvar-mamba have; 0 for the others."""
+FLOPS_PARTS = ("qkv", "projection", "mlp", "attention", *MAMBA_PARTS, "adaln", "embedding", "head")
 BLOCKS = ("qkv", "projection", "mlp", "adaln")
 """The parts of N(d), VAR eq. 8."""
 PARAMS_CONVENTIONS = (
@@ -48,7 +48,7 @@ FLOPS_CONVENTIONS = (
 _BASES = {
     "blocks": "N: block matrices (VAR eq. 8)",
     "total": "N: all trained parameters",
-    "exact": "C: exact training FLOPs, block-causal attention",
+    "exact": "C: exact training FLOPs, attention under its mask",
     "6nd": "C: 6·N·D",
 }
 PARTS_AGREE = 1e-9
@@ -213,8 +213,7 @@ def _per_run(runs: pd.DataFrame, costs: Costs, kind: str, parts: Sequence[str]) 
     """The sum of parts of every row's run."""
     by_name: dict[str, float] = {}
     for name in runs["run"].unique():
-        of_run = costs[str(name)].get(kind, {})
-        of_run = dict.fromkeys(OF_SOME_FAMILIES, 0) | of_run
+        of_run = dict.fromkeys(MAMBA_PARTS, 0) | costs[str(name)].get(kind, {})
         if missing := [p for p in parts if p not in of_run]:
             raise DataError(f"costs of {name}: {kind} lacks {missing[0]}")
         if wrong := [p for p in parts if not isinstance(of_run[p], int | float)]:

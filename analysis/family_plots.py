@@ -37,13 +37,14 @@ def look(families: Sequence[str], family: str) -> tuple[str, str]:
 
 
 def params_figure(group: Group, families: Sequence[str]) -> Figure:
-    """Final last-map loss of all families of a group against N, with each one's law."""
+    """Final last-map loss of a group's families against N, with each one's law. Some run has finished."""
     title, y_label = plots.QUANTITIES[QUANTITY]
     fig, ax = plots.figure(f"{title}, by family and size", plots.X_LABELS["params"], y_label)
-    finals = [study.final(QUANTITY) for study in group.studies]
+    studies = [study for study in group.studies if len(study.final(QUANTITY))]
+    finals = [study.final(QUANTITY) for study in studies]
     x = plots.limits([v for final in finals for v in final["params"]], 0.06, 0.1)
     plots.log_axes(ax, x, plots.limits([v for final in finals for v in final[QUANTITY]], 0.5, 0.1))
-    for study, final in zip(group.studies, finals, strict=True):
+    for study, final in zip(studies, finals, strict=True):
         colour, marker = look(families, study.family)
         ax.errorbar(
             final["params"], final[QUANTITY], final[f"{QUANTITY}_se"], fmt=marker, ms=5, color=colour,
@@ -55,14 +56,16 @@ def params_figure(group: Group, families: Sequence[str]) -> Figure:
 
 
 def compute_figure(group: Group, families: Sequence[str]) -> Figure:
-    """Every run's last-map loss against C, each family's Pareto frontier and its law."""
+    """Every run's last-map loss against C, each family's Pareto frontier and its law. Some frontier has
+    points."""
     title, y_label = plots.QUANTITIES[QUANTITY]
     flops = group.studies[0].flops
     fig, ax = plots.figure(f"{title}, by family and compute", plots.X_LABELS[flops], y_label)
-    frames = [study.frame[usable(study.frame, QUANTITY)] for study in group.studies]
+    studies = [study for study in group.studies if len(study.frontiers[QUANTITY, "pareto"].x)]
+    frames = [study.frame[usable(study.frame, QUANTITY)] for study in studies]
     x = plots.limits([v for frame in frames for v in frame[flops]], 0.03, 0.06)
     plots.log_axes(ax, x, plots.limits([v for frame in frames for v in frame[QUANTITY]], 0.4, 0.06))
-    for study, frame in zip(group.studies, frames, strict=True):
+    for study, frame in zip(studies, frames, strict=True):
         colour, marker = look(families, study.family)
         for _, part in frame.groupby("run", sort=False):
             ax.plot(part[flops], part[QUANTITY], color=colour, lw=0.8, alpha=0.35)

@@ -163,15 +163,17 @@ def _all_figures(
 ) -> Figures:
     names, flops = list(studies), next(iter(studies.values())).flops
     for number, group in enumerate(compared.shared if compared else (), 1):
-        shown = f"{COMPARED}{number}_loss_last"
-        yield (
-            f"{shown}_vs_params",
+        caption = (
             f"Loss of the last map, {group.side}×{group.side} tokens that are the same for "
             f"{families.listed(group.families)}: final value of every finished run against N, and every run "
-            "against compute with each family's Pareto frontier; each family's own law, without offset.",
-            partial(family_plots.params_figure, group, names),
+            "against compute with each family's Pareto frontier; each family's own law, without offset."
         )
-        yield f"{shown}_vs_compute", "", partial(family_plots.compute_figure, group, names)
+        if any(len(study.final(families.QUANTITY)) for study in group.studies):
+            make: Callable[[], Any] = partial(family_plots.params_figure, group, names)
+            yield f"{COMPARED}{number}_{families.QUANTITY}_vs_params", caption, make
+        if any(len(study.frontiers[families.QUANTITY, "pareto"].x) for study in group.studies):
+            make = partial(family_plots.compute_figure, group, names)
+            yield f"{COMPARED}{number}_{families.QUANTITY}_vs_compute", caption, make
     for number, protocol in enumerate(measured, 1):
         if fidelity.drawn(protocol):
             yield (

@@ -21,6 +21,8 @@ Kinds of lines in ``metrics.jsonl`` of a transformer run (DESIGN's words and uni
     {"kind": "eval", "step", "params", "params_total", "tokens", "unique_tokens", "epochs", "flops",
      "flops_6nd", "loss_avg", "loss_avg_se", "loss_last", "loss_last_se", "error_avg", "error_avg_se",
      "error_last", "error_last_se", "loss_scales": [...], "error_scales": [...], "eval_images"}
+    {"kind": "fidelity", "step", "params", "tokens", "flops", "fid", "is", "is_std", "precision", "recall",
+     "extractor", "images", "reference", "guidance", "top_k", "top_p"}
 """
 
 from __future__ import annotations
@@ -37,6 +39,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+SAME_LINE = ("kind", "step", "extractor", "images", "reference", "guidance", "top_k", "top_p")
+"""Lines that agree in all of these (most have the first two alone) are one, written twice."""
 STATES = ("waiting", "running", "interrupted", "done", "failed")
 
 
@@ -202,12 +206,12 @@ class RunFolder:
         """All complete lines in order, of one kind if given.
 
         A run that was killed and resumed writes some steps twice, with equal values; the last
-        line of each (kind, step) counts. A torn last line is ignored; a broken line elsewhere is an error.
+        of equal lines counts (``SAME_LINE``). A torn last line is ignored; a broken line elsewhere is an error.
         """
         file = self.path / "metrics.jsonl"
         if not file.exists():
             return []
-        found: dict[tuple[Any, Any], dict[str, Any]] = {}
+        found: dict[tuple[Any, ...], dict[str, Any]] = {}
         lines = file.read_bytes().split(b"\n")
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -218,7 +222,7 @@ class RunFolder:
                 if number == len(lines):
                     continue
                 raise RecordsError(f"{file}, line {number}: not valid JSON") from None
-            key = (record.get("kind"), record.get("step"))
+            key = tuple(record.get(name) for name in SAME_LINE)
             found.pop(key, None)
             found[key] = record
         return [r for r in found.values() if kind is None or r.get("kind") == kind]

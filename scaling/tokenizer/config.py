@@ -47,8 +47,6 @@ class TokenizerConfig:
     res_blocks: int = 2
     scales: tuple[int, ...] = PAPER_SCALES
     """Side lengths of the token maps, coarse to fine; the last is the latent's side."""
-    quantizer: Literal["residual", "scalable"] = "residual"
-    z_channels: int | None = None
     phis: int = 4
     """φ convolutions: 0 one per scale, 1 shared by all, n shared by nearest tick."""
     phi_ratio: float = 0.5

@@ -176,7 +176,8 @@ def _picture(file: Path, size: tuple[int, int], rng: np.random.Generator) -> Non
     Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).save(file)
 
 
-def fits(report: Path) -> dict[str, Any]:
-    """The numbers beside a report."""
+def fits(report: Path, family: str = "var") -> dict[str, Any]:
+    """A family's numbers beside a report."""
     value: dict[str, Any] = json.loads((report.parent / "fits.json").read_text())
-    return value
+    found: dict[str, Any] = value["families"][family]
+    return found
