@@ -107,8 +107,9 @@ def _write(opened: Opened, inputs: Inputs, edited: Edited, request: EditRequest,
             feather = max(1, f // 4) if request.feather is None else request.feather
             drawn_N3HW = pasted(drawn_N3HW, canvas_13HW, masks_1HW, feather)
             words.append(f"pasted: known pixels more than {feather} from painted ones are the image's own")
-        masked_13HW = torch.where(masks_1HW[:, None], GREY, canvas_13HW)
-        first = {"original": canvas_13HW, "masked": masked_13HW, "reconstruction": plain_13HW}
+        first = {"original": canvas_13HW, "reconstruction": plain_13HW}
+        if request.task != "expand":  # there the canvas is what is known
+            first["masked"] = torch.where(masks_1HW[:, None], GREY, canvas_13HW)
     out.mkdir(parents=True, exist_ok=True)
     pictures = list(_uint8(drawn_N3HW))
     for i, pixels in enumerate(pictures):
