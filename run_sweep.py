@@ -10,7 +10,9 @@ COMMAND is one of
     status     print where every job stands
     report     write the report of what is there
     sample     draw pictures from a finished run
-and one more needs no recipe:
+and three more need no recipe:
+    python run_sweep.py evaluate WHERE [--key value ...]  loss and error of a run or a published checkpoint
+    python run_sweep.py convert WHERE [--key value ...]   a published checkpoint to a folder of ours, or back
     python run_sweep.py fit TABLE [--key value ...]      fit a scaling law to any table of runs
 
 RECIPE is a file or the name of a shipped recipe: quickstart, cifar10, cifar10-cpu, imagenet256.
@@ -20,16 +22,19 @@ plan, tokenize and run take any value of the recipe: --train.lr 3e-4 --depths 2 
 
 Exit codes: 0 done; 1 a run failed; 2 bad input, told in one line; 130 interrupted.
 
-This file only parses and dispatches. Torch is imported by nothing here but ``sample``.
+This file only parses and dispatches. Torch is imported by nothing here but ``sample``,
+``evaluate`` and ``convert``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import errno
+import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -37,6 +42,8 @@ from typing import Any, Literal
 from scaling.config import ConfigError, DataConfig, from_dict
 from scaling.process import one_line
 from scaling.records import RecordsError
+from scaling.requests import ConvertRequest, EvaluateRequest
+from scaling.schema import here
 from sweeps.options import Option, help_text, options_of, parse
 from sweeps.recipe import Recipe, load_recipe
 
@@ -186,6 +193,35 @@ def sample(recipe: Recipe, options: SampleOptions) -> int:
     return 0
 
 
+def evaluate(where: str, request: EvaluateRequest) -> int:
+    """loss and error of a run or of a published checkpoint on validation images"""
+    from scaling.imported import import_into, training_of
+    from scaling.validation import validate
+
+    training = None if request.into is None else training_of(where, request)
+    with _progress("encoding") as progress:
+        result = validate(where, request, progress)
+    if request.json:
+        print(json.dumps(result.to_json(), indent=1))
+    else:
+        print(result.table())
+    if request.into is not None and training is not None:
+        run = import_into(request.into, result, training)
+        print(f"imported: {run.path}; its tokens and FLOPs: {training.told}", file=sys.stderr)
+    return 0
+
+
+def convert(where: str, request: ConvertRequest) -> int:
+    """a published file to a folder of this project (safetensors and JSON), or back"""
+    if request.to is None or request.out is None:
+        raise ConfigError("convert needs --to (varscale or published) and --out (where to write)")
+
+    from scaling.convert import convert as convert_files
+
+    print(*convert_files(where, request), sep="\n")
+    return 0
+
+
 def fit(table: str, options: Any) -> int:
     """fit a scaling law to a table of runs (CSV, JSON lines and others), of any project"""
     from analysis.table_fit import fit_table
@@ -208,9 +244,9 @@ class Command:
     """From what the first word names and the options to the exit code; its docstring is its help."""
     options: Callable[[], type]
     """The dataclass of its own options; a function, since not all of them are cheap to import."""
-    takes: Literal["recipe", "sweep", "table"]
+    takes: Literal["recipe", "sweep", "table", "model"]
     """What its first word names: a recipe whose values can be set, the sweep of a recipe as it is on the
-    disk, or a file with a table."""
+    disk, a file with a table, or a model (a run's folder or a checkpoint)."""
 
 
 COMMANDS = {
@@ -220,6 +256,8 @@ COMMANDS = {
     "status": Command(status, lambda: StatusOptions, "sweep"),
     "report": Command(report, lambda: ReportOptions, "sweep"),
     "sample": Command(sample, lambda: SampleOptions, "sweep"),
+    "evaluate": Command(evaluate, lambda: EvaluateRequest, "model"),
+    "convert": Command(convert, lambda: ConvertRequest, "model"),
     "fit": Command(fit, _fit_options, "table"),
 }
 
@@ -263,21 +301,25 @@ def dispatch(arguments: list[str]) -> int:
         print(_help(name, command, first))
         return 0
     if first is None:
-        wanted = (
-            "a table: a file with one row per run or evaluation"
-            if command.takes == "table"
-            else "a recipe: a file, or quickstart, cifar10, cifar10-cpu or imagenet256"
-        )
-        raise ConfigError(f"'{name}' needs {wanted}")
+        wanted = {
+            "table": "a table: a file with one row per run or evaluation",
+            "model": "a model: a run's folder, or a checkpoint by path or hub name (owner/repo:file)",
+        }
+        recipes = "a recipe: a file, or quickstart, cifar10, cifar10-cpu or imagenet256"
+        raise ConfigError(f"'{name}' needs {wanted.get(command.takes, recipes)}")
     own = options_of(command.options())
     shared = options_of(Recipe) if command.takes == "recipe" else []
     if command.takes == "sweep":
         _refuse_recipe_values(name, rest[1:], own)
     values = parse(rest[1:], [*own, *shared])
     mine = {o.path for o in own}
-    chosen = {path[0]: value for path, value in values.items() if path in mine}
-    options: Any = from_dict(command.options(), chosen, lambda path: "--" + ".".join(path).replace("_", "-"))
-    if command.takes == "table":
+    chosen = _nested({path: value for path, value in values.items() if path in mine})
+    options: Any = from_dict(
+        command.options(),
+        chosen,
+        lambda path: "--" + ".".join(path).replace("_", "-") if path else here(path),
+    )
+    if command.takes in ("table", "model"):
         return command.do(first, options)
     recipe = load_recipe(first, {path: value for path, value in values.items() if path not in mine})
     return command.do(recipe, options)
@@ -286,7 +328,7 @@ def dispatch(arguments: list[str]) -> int:
 def _help(name: str, command: Command, first: str | None) -> str:
     """A command's own options first; the recipe's values where it takes them and a recipe is named."""
     own = options_of(command.options())
-    word = command.takes.upper() if command.takes == "table" else "RECIPE"
+    word = {"table": "TABLE", "model": "WHERE"}.get(command.takes, "RECIPE")
     text = f"{SCRIPT} {name} {first or word} [--key value ...]\n\n"
     text += f"{name} - {command.do.__doc__}\n{help_text(own, command.options()())}"
     if command.takes == "sweep":
@@ -303,6 +345,29 @@ def _help(name: str, command: Command, first: str | None) -> str:
             "\n\nby_depth (values of single depths) is set in the recipe; an option wins for every depth."
         )
     return text
+
+
+def _nested(values: dict[tuple[str, ...], Any]) -> dict[str, Any]:
+    """Values by path as the mapping that ``from_dict`` reads."""
+    result: dict[str, Any] = {}
+    for path, value in values.items():
+        inner = result
+        for key in path[:-1]:
+            inner = inner.setdefault(key, {})
+        inner[path[-1]] = value
+    return result
+
+
+@contextlib.contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on standard error while something is counted."""
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _refuse_recipe_values(name: str, arguments: Sequence[str], own: Sequence[Option]) -> None:

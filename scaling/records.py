@@ -35,6 +35,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+IMPORTED = "imported-"
+"""Begins the names of folders that hold an evaluation of a published checkpoint (``scaling.imported``): no
+run of the sweep's recipe, so ``sweep.json`` does not list them."""
 STATES = ("waiting", "running", "interrupted", "done", "failed")
 
 
@@ -311,7 +314,8 @@ class RunFolder:
 
 
 def list_runs(sweep: str | Path) -> list[RunFolder]:
-    """The transformer runs of a sweep folder, in the order of its ``sweep.json`` (else by name).
+    """The transformer runs of a sweep folder, in the order of its ``sweep.json`` (else by name), and imported
+    checkpoints after them.
 
     Raises:
         RecordsError: no such folder, or no runs in it.
@@ -324,6 +328,8 @@ def list_runs(sweep: str | Path) -> list[RunFolder]:
         runs = [RunFolder(root / name) for name in names if (root / name / "config.json").exists()]
     else:
         runs = [RunFolder(p.parent) for p in sorted(root.glob("*/config.json"))]
+        runs = [run for run in runs if not run.name.startswith(IMPORTED)]
+    runs += [RunFolder(p.parent) for p in sorted(root.glob(f"{IMPORTED}*/config.json"))]
     if not runs:
         raise RecordsError(f"{root}: no runs in it yet")
     return runs

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from scaling.config import require
-from scaling.tokenizer.config import Precision
+from scaling.config import Device, Precision, require
 
 
 @dataclass(frozen=True)
@@ -23,10 +22,6 @@ class ConvertRequest:
     scales: tuple[int, ...] | None = None
     """Side lengths of the token maps, where the file does not tell them; of a tokenizer, which does not,
     VAR's for 256 px and all up to 16 for FlexVAR's by default."""
-
-    def __post_init__(self) -> None:
-        require(self.to is not None, "convert needs --to varscale or --to published")
-        require(self.out is not None, "convert needs --out, where to write")
 
 
 @dataclass(frozen=True)
@@ -59,7 +54,7 @@ class EvaluateRequest:
     """Images per forward pass; it changes the result by rounding. By default the run's, else 64."""
     precision: Precision | None = None
     """By default the run's, and fp32 for published checkpoints."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     threads: int | None = None
     """CPU threads; by default the run's, else all cores."""
     json: bool = False

@@ -101,10 +101,18 @@ def find_file(where: str | Path) -> Path:
         return path
     if path.is_dir():
         raise ConfigError(f"{where}: a folder, expected a file of weights ({', '.join(SUFFIXES)})")
-    match = HUB.fullmatch(str(where))
-    if match is None or ":" not in str(where) or not match[2].endswith(SUFFIXES):
+    if not is_hub_name(where):
         raise ConfigError(f"{where}: no such file (files of the hub are named owner/repo:file)")
+    match = HUB.fullmatch(str(where))
+    assert match is not None
     return _from_hub(match[1], match[2])
+
+
+def is_hub_name(where: str | Path) -> bool:
+    """Whether it names a file of the hub and is none of this disk."""
+    match = HUB.fullmatch(str(where))
+    named = match is not None and ":" in str(where) and match[2].endswith(SUFFIXES)
+    return named and not Path(where).expanduser().exists()
 
 
 def _from_hub(repo: str, file: str) -> Path:
