@@ -15,6 +15,7 @@ import importlib
 import pickle
 import re
 import struct
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -138,10 +139,11 @@ def _load(path: Path) -> Any:
         if path.suffix == ".safetensors":
             return load_file(path)
         mapped = zipfile.is_zipfile(path)  # files older than torch 1.6 are no archives
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        with warnings.catch_warnings(action="ignore"):  # what is wrong is told below, in one line
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except _UNREADABLE as error:
-        text = " ".join(str(error).split())
-        if named := re.search(r"[Gg]lobal:? (?:GLOBAL )?([\w.]+)", text):
+        text = " ".join(str(error).rpartition("WeightsUnpickler error: ")[2].split())
+        if named := re.search(r"GLOBAL ([\w.]+)", text):
             raise ConfigError(
                 f"{path}: holds more than tensors and plain values ({named[1]}); it was not unpickled, since "
                 "that can run any code. Have its maker save the state dict alone"
