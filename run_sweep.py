@@ -10,8 +10,10 @@ COMMAND is one of
     status     print where every job stands
     report     write the report of what is there
     sample     draw pictures from a finished run
-and two more need no recipe:
-    python run_sweep.py edit WHERE IMAGE [--key value ...]   in-painting and other tasks without training
+and four more need no recipe:
+    python run_sweep.py evaluate WHERE [--key value ...]  loss and error of a run or a published checkpoint
+    python run_sweep.py convert WHERE [--key value ...]   a published checkpoint to a folder of ours, or back
+    python run_sweep.py edit WHERE IMAGE [--key value ...]  in-painting and other tasks without training
     python run_sweep.py fit TABLE [--key value ...]      fit a scaling law to any table of runs
 
 RECIPE is a file or the name of a shipped recipe: quickstart, cifar10, cifar10-cpu, imagenet256.
@@ -21,16 +23,19 @@ plan, tokenize and run take any value of the recipe: --train.lr 3e-4 --depths 2 
 
 Exit codes: 0 done; 1 a run failed; 2 bad input, told in one line; 130 interrupted.
 
-This file only parses and dispatches. Torch is imported by nothing here but ``sample`` and ``edit``.
+This file only parses and dispatches. Torch is imported by nothing here but ``sample``, ``edit``,
+``evaluate`` and ``convert``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import errno
+import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -39,7 +44,7 @@ from typing import Any, Literal
 from scaling.config import ConfigError, DataConfig, from_dict
 from scaling.process import one_line
 from scaling.records import RecordsError
-from scaling.requests import EditRequest, ModelChoice
+from scaling.requests import ConvertRequest, EditRequest, EvaluateRequest, ModelChoice
 from scaling.schema import here
 from sweeps.options import Option, flag_of, help_text, options_of, parse
 from sweeps.recipe import SHIPPED, Recipe, load_recipe
@@ -208,6 +213,35 @@ def edit(words: tuple[str, str], request: EditRequest) -> int:
     return 0
 
 
+def evaluate(where: str, request: EvaluateRequest) -> int:
+    """loss and error of a run or of a published checkpoint on validation images"""
+    from scaling.imported import import_into, training_of
+    from scaling.validation import validate
+
+    training = None if request.into is None else training_of(where, request)
+    with _progress("encoding") as progress:
+        result = validate(where, request, progress)
+    if request.json:
+        print(json.dumps(result.to_json(), indent=1))
+    else:
+        print(result.table())
+    if request.into is not None and training is not None:
+        run = import_into(request.into, result, training)
+        print(f"imported: {run.path}; its tokens and FLOPs: {training.told}", file=sys.stderr)
+    return 0
+
+
+def convert(where: str, request: ConvertRequest) -> int:
+    """a published file to a folder of this project (safetensors and JSON), or back"""
+    if request.to is None or request.out is None:
+        raise ConfigError("convert needs --to (varscale or published) and --out (where to write)")
+
+    from scaling.convert import convert as convert_files
+
+    print(*convert_files(where, request), sep="\n")
+    return 0
+
+
 def fit(table: str, options: Any) -> int:
     """fit a scaling law to a table of runs (CSV, JSON lines and others), of any project"""
     from analysis.table_fit import fit_table
@@ -245,6 +279,8 @@ COMMANDS = {
     "report": Command(report, lambda: ReportOptions, "sweep"),
     "sample": Command(sample, lambda: SampleOptions, "sweep"),
     "edit": Command(edit, lambda: EditRequest, "model", ("IMAGE",)),
+    "evaluate": Command(evaluate, lambda: EvaluateRequest, "model"),
+    "convert": Command(convert, lambda: ConvertRequest, "model"),
     "fit": Command(fit, _fit_options, "table"),
 }
 
@@ -304,7 +340,7 @@ def dispatch(arguments: list[str]) -> int:
         _refuse_recipe_values(name, rest[1:], own)
     values = parse(rest[len(words) :], [*own, *shared])
     mine = {o.path for o in own}
-    chosen = {path[0]: value for path, value in values.items() if path in mine}
+    chosen = _nested({path: value for path, value in values.items() if path in mine})
     options: Any = from_dict(command.options(), chosen, lambda path: flag_of(path) if path else here(path))
     if command.takes in ("table", "model"):
         return command.do(tuple(words) if command.further else first, options)
@@ -333,6 +369,29 @@ def _help(name: str, command: Command, first: str | None) -> str:
             "an option wins for all of them."
         )
     return text
+
+
+def _nested(values: dict[tuple[str, ...], Any]) -> dict[str, Any]:
+    """Values by path as the mapping that ``from_dict`` reads."""
+    result: dict[str, Any] = {}
+    for path, value in values.items():
+        inner = result
+        for key in path[:-1]:
+            inner = inner.setdefault(key, {})
+        inner[path[-1]] = value
+    return result
+
+
+@contextlib.contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on standard error while something is counted."""
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _refuse_recipe_values(name: str, arguments: Sequence[str], own: Sequence[Option]) -> None:

@@ -34,6 +34,7 @@ __all__ = [
     "EvaluationConfig",
     "LaunchConfig",
     "ModelConfig",
+    "Precision",
     "RunConfig",
     "SamplingConfig",
     "TokenizerConfig",
@@ -52,6 +53,7 @@ SCHEDULES = ("lin0", "lin", "lin00", "cos", "exp", "constant")
 Family = Literal["var", "flexvar", "flexvar-mamba", "raster"]
 AdaLN = Literal["own", "shared", "none"]
 StepSchedule = Literal["fixed", "paper", "published"]
+Device = Literal["auto", "cpu", "cuda"]
 FLEXIBLE = ("flexvar", "flexvar-mamba")
 """Families that train on, and sample with, steps of any number and size."""
 PUBLISHED_SIDE = 16
@@ -443,7 +445,7 @@ class LaunchConfig:
     """CPU threads per process; None divides the cores among the runs at once."""
     runs_at_once: int | None = None
     """Runs trained side by side; None for as many as cores or GPUs, and memory, allow."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     compile: bool = False
     attention: Literal["masked", "blockwise"] = "masked"
     checkpoint_seconds: float = 120.0

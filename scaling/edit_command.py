@@ -131,8 +131,8 @@ def _fidelity(x_N3HW: Tensor, original_13HW: Tensor, plain_13HW: Tensor, masks_1
         return "there are none"
 
     def to(other_13HW: Tensor) -> str:
-        value = known_psnr(x_N3HW, other_13HW, masks_1HW).mean().item()
-        return "equal" if value == float("inf") else f"{value:.2f} dB"
+        noise = (10 ** (-known_psnr(x_N3HW, other_13HW, masks_1HW) / 10)).mean()  # over all candidates
+        return "equal" if noise == 0 else f"{-10 * noise.log10().item():.2f} dB"
 
     own = known_psnr(plain_13HW, original_13HW, masks_1HW).item()
     return (

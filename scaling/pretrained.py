@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -104,9 +104,12 @@ def open_model(
 
 
 def _open_folder(path: Path, tokenizer: str | Path | None, device: str | torch.device) -> Opened:
-    """A run, or a model that ``convert`` wrote."""
+    """A run, an imported checkpoint, or a model that ``convert`` wrote."""
     name, run = path.absolute().name, None
     if (path / "config.json").exists():
+        if origin := RunFolder(path).status().get("imported"):
+            opened = open_model(origin["weights"], tokenizer or origin["tokenizer"], device, origin["scales"])
+            return replace(opened, name=name)
         model, run = load_model(RunFolder(path), device)
         own = path.absolute().parent.parent / "tokenizers" / run.tokenizer_run.run_id
         if tokenizer is None and not (own / "tokenizer").is_dir():

@@ -6,8 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from scaling.config import ConfigError, require
-from scaling.tokenizer.config import Precision
+from scaling.config import ConfigError, Device, Precision, require
 
 Task = Literal["inpaint", "outpaint", "class", "refine", "expand"]
 PAINTED: tuple[Task, ...] = ("inpaint", "outpaint", "class")
@@ -28,10 +27,6 @@ class ConvertRequest:
     scales: tuple[int, ...] | None = None
     """Side lengths of the token maps, where the file does not tell them; of a tokenizer, which does not,
     VAR's for 256 px and all up to 16 for FlexVAR's by default."""
-
-    def __post_init__(self) -> None:
-        require(self.to is not None, "convert needs --to varscale or --to published")
-        require(self.out is not None, "convert needs --out, where to write")
 
 
 @dataclass(frozen=True)
@@ -64,7 +59,7 @@ class EvaluateRequest:
     """Images per forward pass; it changes the result by rounding. By default the run's, else 64."""
     precision: Precision | None = None
     """By default the run's, and fp32 for published checkpoints."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     threads: int | None = None
     """CPU threads; by default the run's, else all cores."""
     json: bool = False

@@ -15,6 +15,7 @@ import importlib
 import pickle
 import re
 import struct
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -101,10 +102,18 @@ def find_file(where: str | Path) -> Path:
         return path
     if path.is_dir():
         raise ConfigError(f"{where}: a folder, expected a file of weights ({', '.join(SUFFIXES)})")
-    match = HUB.fullmatch(str(where))
-    if match is None or ":" not in str(where) or not match[2].endswith(SUFFIXES):
+    if not is_hub_name(where):
         raise ConfigError(f"{where}: no such file (files of the hub are named owner/repo:file)")
+    match = HUB.fullmatch(str(where))
+    assert match is not None
     return _from_hub(match[1], match[2])
+
+
+def is_hub_name(where: str | Path) -> bool:
+    """Whether it names a file of the hub and is none of this disk."""
+    match = HUB.fullmatch(str(where))
+    named = match is not None and ":" in str(where) and match[2].endswith(SUFFIXES)
+    return named and not Path(where).expanduser().exists()
 
 
 def _from_hub(repo: str, file: str) -> Path:
@@ -130,10 +139,11 @@ def _load(path: Path) -> Any:
         if path.suffix == ".safetensors":
             return load_file(path)
         mapped = zipfile.is_zipfile(path)  # files older than torch 1.6 are no archives
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        with warnings.catch_warnings(action="ignore"):  # what is wrong is told below, in one line
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except _UNREADABLE as error:
-        text = " ".join(str(error).split())
-        if named := re.search(r"[Gg]lobal:? (?:GLOBAL )?([\w.]+)", text):
+        text = " ".join(str(error).rpartition("WeightsUnpickler error: ")[2].split())
+        if named := re.search(r"GLOBAL ([\w.]+)", text):
             raise ConfigError(
                 f"{path}: holds more than tensors and plain values ({named[1]}); it was not unpickled, since "
                 "that can run any code. Have its maker save the state dict alone"
