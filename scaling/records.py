@@ -41,6 +41,9 @@ from typing import IO, Any
 
 SAME_LINE = ("kind", "step", "extractor", "images", "reference", "guidance", "top_k", "top_p")
 """Lines that agree in all of these (most have the first two alone) are one, written twice."""
+IMPORTED = "imported-"
+"""Begins the names of folders that hold an evaluation of a published checkpoint (``scaling.imported``): no
+run of the sweep's recipe, so ``sweep.json`` does not list them."""
 STATES = ("waiting", "running", "interrupted", "done", "failed")
 
 
@@ -365,7 +368,8 @@ def read_sweep(sweep: str | Path) -> SweepRecord:
 
 
 def list_runs(sweep: str | Path) -> list[RunFolder]:
-    """The transformer runs of a sweep folder, in the order of its ``sweep.json`` (else by name).
+    """The transformer runs of a sweep folder, in the order of its ``sweep.json`` (else by name), and imported
+    checkpoints after them.
 
     Raises:
         RecordsError: no such folder, no runs in it, or a damaged ``sweep.json``.
@@ -378,6 +382,8 @@ def list_runs(sweep: str | Path) -> list[RunFolder]:
         runs = [RunFolder(root / name) for name in names if (root / name / "config.json").exists()]
     else:
         runs = [RunFolder(p.parent) for p in sorted(root.glob("*/config.json"))]
+        runs = [run for run in runs if not run.name.startswith(IMPORTED)]
+    runs += [RunFolder(p.parent) for p in sorted(root.glob(f"{IMPORTED}*/config.json"))]
     if not runs:
         raise RecordsError(f"{root}: no runs in it yet")
     return runs
