@@ -22,11 +22,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from scaling.config import FLEXIBLE, ConfigError, ModelConfig, SamplingConfig, require
+from scaling.config import FLEXIBLE, ModelConfig, SamplingConfig, require
 from scaling.families.interface import FamilyModel
 from scaling.families.registry import FAMILIES
 from scaling.pictures import image_grid
-from scaling.pretrained import open_model
 from scaling.tokenizer.quantizer import Quantizer, Size
 from scaling.tokenizer.vqvae import Tokenizer
 
@@ -108,8 +107,8 @@ def sample_tokens(
         smooth: mix the codes by Gumbel-softmax weights instead of taking one, for smoother pictures; as
             published, never for measuring. Next-scale families only.
         sizes: the steps of the image; None for the model's own.
-        largest: FlexVAR's side above which a step is larger than those trained on; None for the largest of
-            the model's own.
+        largest: FlexVAR's steps whose shorter side is above this are larger than those trained on; None for
+            the largest of the model's own.
         forced: what is known of the images.
 
     Returns:
@@ -170,7 +169,8 @@ def _sample_together(
     inputs: Tensor | None = None
     tokens, start = [], 0
     for chunk, count in enumerate(model.chunks(steps)):
-        beyond = config.family in FLEXIBLE and max(steps[chunk]) > choice.largest
+        # Longer in one direction only, a step shows nothing finer than what the model was trained on.
+        beyond = config.family in FLEXIBLE and min(steps[chunk]) > choice.largest
         progress = 1.0 if beyond else ramp(config, len(steps), chunk)
         weight = choice.guidance * (progress if choice.form == "ramp" else 1.0)
         logits_BlV = model.extend(decoding, inputs, weight)
@@ -211,27 +211,41 @@ def _smoothed(
     return (noisy_BlV / temperature).softmax(dim=-1) @ quantizer.codes(ids_V)
 
 
+@torch.no_grad()
+def draw_images(
+    model: FamilyModel,
+    tokenizer: Tokenizer,
+    labels: Sequence[int],
+    seeds: Sequence[int],
+    sampling: SamplingConfig,
+    *,
+    smooth: bool = False,
+    sizes: Sequence[Size] | None = None,
+    forced: Forced | None = None,
+) -> Tensor:
+    """Images (n, 3, H, W) in [−1, 1], on the model's device, all at once; as ``sample_tokens``."""
+    labels_B = torch.tensor(list(labels), device=next(tokenizer.parameters()).device)
+    _, latent_BCHW = sample_tokens(
+        model, tokenizer.quantize, labels_B, seeds,
+        guidance=sampling.guidance, guidance_form=sampling.guidance_form,
+        top_k=sampling.top_k, top_p=sampling.top_p, smooth=smooth, sizes=sizes, forced=forced,
+    )  # fmt: skip
+    return tokenizer.decode_features(latent_BCHW).clamp(-1, 1)
+
+
 def sample_images(
     model: FamilyModel,
     tokenizer: Tokenizer,
     classes: Sequence[int],
     sampling: SamplingConfig,
     batch: int = 32,
-    sizes: Sequence[Size] | None = None,
 ) -> Tensor:
     """Images (n, 3, H, W) in [−1, 1], one per class given; image i has seed ``sampling.seed + i``."""
-    device = next(tokenizer.parameters()).device
     images = []
     for start in range(0, len(classes), batch):
-        labels_B = torch.tensor(list(classes[start : start + batch]), device=device)
-        seeds = [sampling.seed + start + i for i in range(len(labels_B))]
-        _, latent_BCHW = sample_tokens(
-            model, tokenizer.quantize, labels_B, seeds,
-            guidance=sampling.guidance, guidance_form=sampling.guidance_form,
-            top_k=sampling.top_k, top_p=sampling.top_p, sizes=sizes,
-        )  # fmt: skip
-        with torch.no_grad():
-            images.append(tokenizer.decode_features(latent_BCHW).clamp(-1, 1).cpu())
+        labels = classes[start : start + batch]
+        seeds = [sampling.seed + start + i for i in range(len(labels))]
+        images.append(draw_images(model, tokenizer, labels, seeds, sampling).cpu())
     return torch.cat(images)
 
 
@@ -241,42 +255,3 @@ def sample_grid(
     """Write a PNG grid of ``sampling.images`` samples, the classes in turn."""
     classes = [i % num_classes for i in range(sampling.images)]
     image_grid(sample_images(model, tokenizer, classes, sampling)).save(target)
-
-
-def sample_run(
-    run_folder: Path,
-    tokenizer_folder: Path,
-    *,
-    classes: Sequence[int] | None,
-    count: int,
-    seed: int,
-    cfg: float,
-    top_k: int,
-    top_p: float,
-    out: Path,
-) -> Path:
-    """Sample ``count`` images from a finished run: PNGs and ``grid.png`` in the folder ``out``.
-
-    Args:
-        classes: class ids, repeated in turn; all classes in turn when None.
-
-    Raises:
-        ConfigError: a class that the run does not have.
-        RecordsError: the run is not finished.
-    """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    opened = open_model(run_folder, tokenizer_folder, device)
-    known = opened.model.config.num_classes
-    chosen = list(classes) if classes else list(range(known))
-    for label in chosen:
-        if not 0 <= label < known:
-            raise ConfigError(f"class {label} is not one of the run's {known} classes (0 to {known - 1})")
-    sampling = SamplingConfig(images=count, guidance=cfg, top_k=top_k, top_p=top_p, seed=seed)
-    labels = [chosen[i % len(chosen)] for i in range(count)]
-    images = sample_images(opened.model, opened.tokenizer, labels, sampling)
-    out.mkdir(parents=True, exist_ok=True)
-    for i, (label, image) in enumerate(zip(labels, images, strict=True)):
-        image_grid(image[None]).save(out / f"{i:05d}-class{label}-seed{seed + i}.png")
-    grid = out / "grid.png"
-    image_grid(images).save(grid)
-    return grid
