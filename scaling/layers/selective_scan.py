@@ -4,17 +4,17 @@
 
 - Every channel has a state of its own; Δ, B and C depend on the token, A and D do not.
 - ``sequential_scan`` is this definition, token by token, for tests and as the yardstick of speed.
-- ``selective_scan`` is what models call. It goes through the tokens in segments; within a segment all
-  decays and inputs are made at once and a two-level scan runs over chunks of about √segment tokens: all
-  chunks side by side from a zero state, then the states from chunk to chunk, then every chunk is given the
-  state before it. It only ever multiplies decays, each at most 1, and never divides by their products,
-  so that a long decay becomes 0 and not infinity.
+- ``selective_scan`` is what models call. It takes the images in groups and a group's tokens in segments of
+  about ``SEGMENT_NUMBERS`` numbers of state. All decays and inputs of a segment are made at once, and a
+  two-level scan runs over its chunks of about √segment tokens: all chunks side by side from a zero state,
+  then the states from chunk to chunk, then every chunk is given the state before it. It only ever
+  multiplies decays, each at most 1, and never divides by their products, so that a long decay becomes 0
+  and not infinity.
 - Memory: the backward pass computes the states again, segment by segment. A layer keeps its arguments and
-  one state per segment; while it runs there are up to five tensors of segment · B · N · E numbers,
-  ``SEGMENT_NUMBERS`` each, instead of several of L · B · N · E.
-- On the CPU a single token's numbers fill the vector units, so a segment there is as long as the cache
-  holds and is scanned without chunks; the speed comes from making the decays of many tokens at once and
-  from not keeping them.
+  one state per segment; while it runs there are up to four tensors of ``SEGMENT_NUMBERS`` (or of eight
+  tokens of one image, where that is more), instead of several of B · L · E · N.
+- On the CPU the numbers of one token of a group fill the vector units, so a segment is scanned without
+  chunks; the speed comes from making the decays of many tokens at once, in cache, and not keeping them.
 - In fp32 whatever the autocast type, or in float64 if an argument is.
 
 Shapes: B images, L tokens, E channels, N numbers of state per channel; T tokens of a segment.
@@ -70,8 +70,11 @@ def selective_scan(
         if fused is not None:
             return _fused_scan(fused, u, delta, A, B, C, D)
         initial_BEN = u.new_zeros(u.shape[0], *A.shape)
-    y, last_BEN = _Scan.apply(u, delta, A, B, C, initial_BEN.to(dtype))
-    return y + D * u, last_BEN
+    images, segment, chunk = _plan(u.shape[0], u.shape[1], A.numel(), u.device)
+    grouped = zip(*(x.split(images) for x in (u, delta, B, C, initial_BEN.to(dtype))), strict=True)
+    groups = [_Scan.apply(*group[:2], A, *group[2:], segment, chunk) for group in grouped]
+    y_BLE, last_BEN = (torch.cat(parts) for parts in zip(*groups, strict=True))
+    return y_BLE + D * u, last_BEN
 
 
 def sequential_scan(
@@ -95,11 +98,16 @@ def sequential_scan(
 # -- in plain torch ------------------------------------------------------------------------------------------
 
 
-def _plan(numbers_per_token: int, length: int, device: torch.device) -> tuple[int, int]:
-    """(tokens of a segment, tokens of a chunk) on this device."""
+def _plan(images: int, length: int, per_token: int, device: torch.device) -> tuple[int, int, int]:
+    """(images of a group, tokens of a segment, tokens of a chunk) on this device.
+
+    Args:
+        per_token: numbers of state of one image's token, N · E.
+    """
     numbers = SEGMENT_NUMBERS["cpu" if device.type == "cpu" else "other"]
-    segment = min(length, max(SHORTEST_SEGMENT, numbers // numbers_per_token))
-    return segment, segment if device.type == "cpu" else math.isqrt(segment - 1) + 1
+    group = min(images, max(1, numbers // (SHORTEST_SEGMENT * per_token)))
+    segment = min(length, max(SHORTEST_SEGMENT, numbers // (group * per_token)))
+    return group, segment, segment if device.type == "cpu" else math.isqrt(segment - 1) + 1
 
 
 def _scan_(x: Tensor, factor: Tensor, carry: Tensor, chunk: int, reverse: bool = False) -> Tensor:
@@ -150,26 +158,28 @@ class _Scan(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, *given: Any) -> tuple[Tensor, Tensor]:
         """Segment by segment, from the first; keeps the state before each."""
-        u_BLE, *_, initial_BEN = arguments
+        *arguments, initial_BEN, ctx.segment, ctx.chunk = given
         u, delta, B, C = (arguments[i].transpose(0, 1) for i in (0, 1, 3, 4))
         A_NE, carry = arguments[2].t().contiguous(), initial_BEN.transpose(1, 2).contiguous()
-        ctx.segment, ctx.chunk = _plan(carry.numel(), len(u), u.device)
-        y_BLE, carries = torch.empty_like(u_BLE), []
+        y_BLE, carries = torch.empty_like(arguments[0]), []
+        factors, states = carry.new_empty(2, ctx.segment, *carry.shape)
         for start in range(0, len(u), ctx.segment):
             part = slice(start, start + ctx.segment)
             carries.append(carry)
-            factor = (delta[part, :, None] * A_NE).exp_()
-            state = (delta[part] * u[part])[:, :, None] * B[part, :, :, None]
+            written = delta[part] * u[part]
+            factor, state = factors[: len(written)], states[: len(written)]
+            torch.mul(delta[part, :, None], A_NE, out=factor).exp_()
+            torch.mul(written[:, :, None], B[part, :, :, None], out=state)
             carry = _scan_(state, factor, carry, ctx.chunk).clone()
             torch.sum(state.mul_(C[part, :, :, None]), 2, out=y_BLE.transpose(0, 1)[part])
-        ctx.save_for_backward(*arguments[:5], *carries)
+        ctx.save_for_backward(*arguments, *carries)
         return y_BLE, carry.transpose(1, 2)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Segment by segment, from the last; computes each one's states again."""
         arguments, carries = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
         results = [torch.empty_like(x) for x in arguments]
@@ -179,29 +189,32 @@ class _Scan(torch.autograd.Function):
         d_A_NE = torch.zeros_like(A_NE)
         # The decay of the token after a segment carries its gradient in; after the last token that is 1.
         factor_after = torch.ones_like(carry)
+        factors, states, grads, products = carry.new_empty(4, ctx.segment + 1, *carry.shape)
         for index in reversed(range(len(carries))):
             part = slice(index * ctx.segment, (index + 1) * ctx.segment)
             written, before = delta[part] * u[part], carries[index]
-            factor = before.new_empty(len(written) + 1, *before.shape)
+            factor = factors[: len(written) + 1]
+            state, grad, product = (x[: len(written)] for x in (states, grads, products))
             torch.mul(delta[part, :, None], A_NE, out=factor[:-1]).exp_()
             factor[-1] = factor_after
-            state = written[:, :, None] * B[part, :, :, None]
+            torch.mul(written[:, :, None], B[part, :, :, None], out=state)
             _scan_(state, factor[:-1], before, ctx.chunk)
-            torch.sum(state * dy[part, :, None], 3, out=d_C[part])
-            grad = C[part, :, :, None] * dy[part, :, None]
+            torch.sum(torch.mul(state, dy[part, :, None], out=product), 3, out=d_C[part])
+            torch.mul(C[part, :, :, None], dy[part, :, None], out=grad)
             carry = _scan_(grad, factor[1:], carry, ctx.chunk, reverse=True).clone()
-            factor_after = factor[0].clone()
-            torch.sum(grad * written[:, :, None], 3, out=d_B[part])
-            d_written = (grad * B[part, :, :, None]).sum(2)
+            torch.sum(torch.mul(grad, written[:, :, None], out=product), 3, out=d_B[part])
+            d_written = torch.mul(grad, B[part, :, :, None], out=product).sum(2)
             torch.mul(d_written, delta[part], out=d_u[part])
+            factor_after = factor[0].clone()
             grad.mul_(factor[:-1])
             grad[0].mul_(before)
             grad[1:].mul_(state[:-1])
-            torch.addcmul((grad * A_NE).sum(2), d_written, u[part], out=d_delta[part])
+            through_A = torch.mul(grad, A_NE, out=product).sum(2)
+            torch.addcmul(through_A, d_written, u[part], out=d_delta[part])
             d_A_NE += grad.mul_(delta[part, :, None]).sum((0, 1))
         d_u_BLE, d_delta_BLE, _, d_B_BLN, d_C_BLN = results
         d_initial_BEN = (factor_after * carry).transpose(1, 2)
-        return d_u_BLE, d_delta_BLE, d_A_NE.t(), d_B_BLN, d_C_BLN, d_initial_BEN
+        return d_u_BLE, d_delta_BLE, d_A_NE.t(), d_B_BLN, d_C_BLN, d_initial_BEN, None, None
 
 
 # -- fused ---------------------------------------------------------------------------------------------------

@@ -10,12 +10,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from scaling import flops
-from scaling.config import ModelConfig
+from scaling.config import ModelConfig, TokenizerConfig
 from scaling.families.mamba import FlexVARMamba
 from scaling.families.registry import build, family_model
 from scaling.generation import sample_tokens
 from scaling.layers.mamba import Mamba, ScanPlace
 from scaling.layers.zigzag import PATHS, pyramid_path
+from scaling.tokenizer.scalable import ScalableQuantizer
 from scaling.trainer import decay_groups
 
 SCALES = (1, 2, 3)
@@ -258,33 +259,30 @@ def test_cached_steps_equal_teacher_forcing_under_autocast() -> None:
     assert (torch.cat(parts, 1) - expected).abs().max() < 0.02 * expected.abs().max()
 
 
-class Codebook:
-    """A quantiser without a tokenizer: a step's input is the codes of the one before, enlarged."""
-
-    def __init__(self) -> None:
-        self.vectors = torch.randn(32, 8, generator=torch.Generator().manual_seed(3))
-
-    def codes(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.vectors[tokens]
-
-    def start(self, batch: int, sizes: Any = None) -> torch.Tensor:
-        return torch.zeros(batch, 8, *sizes[-1])
-
-    def advance(self, k: int, state: torch.Tensor, codes: torch.Tensor, sizes: Any = None) -> Any:
-        if k + 1 == len(sizes):
-            return codes, None
-        return state, torch.nn.functional.interpolate(codes, sizes[k + 1])
-
-    def teacher_inputs(self, tokens_BL: torch.Tensor, sizes: Any = None) -> torch.Tensor:
-        raise NotImplementedError
+@pytest.fixture(scope="module")
+def quantizer() -> ScalableQuantizer:
+    torch.manual_seed(3)
+    return ScalableQuantizer(
+        TokenizerConfig(quantizer="scalable", vocab=32, latent_channels=8, scales=SCALES)
+    )
 
 
 @pytest.mark.parametrize("sizes", SIZES)
-def test_a_sampled_picture_is_its_seeds_alone(sizes: tuple[tuple[int, int], ...]) -> None:
-    network = family_model(model())
-    labels, seeds = torch.tensor([0, 3, 4]), [5, 6, 7]
-    tokens, latent = sample_tokens(network, Codebook(), labels, seeds, sizes=sizes, guidance=2.0)
-    alone, _ = sample_tokens(network, Codebook(), labels[1:2], seeds[1:2], sizes=sizes, guidance=2.0)
-    assert tokens.shape == (3, sum(h * w for h, w in sizes))
+def test_greedy_samples_are_what_teacher_forcing_predicts_of_them(
+    sizes: tuple[tuple[int, int], ...], quantizer: ScalableQuantizer
+) -> None:
+    network, labels = deep(), torch.tensor([0, 3, 4])
+    tokens, latent = sample_tokens(
+        family_model(network), quantizer, labels, [5, 6, 7], sizes=sizes, guidance=0.0, top_k=1
+    )
     assert latent.shape == (3, 8, *sizes[-1])
+    with torch.no_grad():
+        logits = network(labels, quantizer.teacher_inputs(tokens, sizes), sizes=sizes)
+    assert torch.equal(logits.argmax(-1), tokens)
+
+
+def test_a_sampled_picture_does_not_depend_on_its_batch(quantizer: ScalableQuantizer) -> None:
+    network, labels, seeds = family_model(model()), torch.tensor([0, 3, 4]), [5, 6, 7]
+    tokens, _ = sample_tokens(network, quantizer, labels, seeds, sizes=SIZES[1], guidance=2.0)
+    alone, _ = sample_tokens(network, quantizer, labels[1:2], seeds[1:2], sizes=SIZES[1], guidance=2.0)
     assert torch.equal(tokens[1:2], alone)

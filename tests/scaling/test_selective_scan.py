@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -40,22 +42,30 @@ def gradients(scan: object, given: list[Tensor]) -> list[Tensor]:
     return [y.detach(), last.detach(), *(x.grad for x in leaves if x.grad is not None)]
 
 
-@given(length=st.integers(1, 40), segment=st.integers(1, 40), chunk=st.integers(1, 12), start=st.booleans())
+@given(
+    length=st.integers(1, 40),
+    images=st.integers(1, 3),
+    segment=st.integers(1, 40),
+    chunk=st.integers(1, 12),
+    start=st.booleans(),
+)
 @settings(max_examples=60, deadline=None)
-def test_values_and_gradients_are_the_definitions(length: int, segment: int, chunk: int, start: bool) -> None:
-    given_ = arguments(length)[: 7 if start else 6]
+def test_values_and_gradients_are_the_definitions(
+    length: int, images: int, segment: int, chunk: int, start: bool
+) -> None:
+    given_ = arguments(length, images=3)[: 7 if start else 6]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scans, "_plan", lambda numbers, length, device: (segment, chunk))
+        patch.setattr(scans, "_plan", lambda *_: (images, segment, chunk))
         found = gradients(selective_scan, given_)
     for one, other in zip(found, gradients(sequential_scan, given_), strict=True):
         torch.testing.assert_close(one, other, atol=1e-10, rtol=1e-10)
 
 
-@pytest.mark.parametrize("plan", [(7, 7), (9, 3), (4, 2)])
+@pytest.mark.parametrize("plan", [(2, 7, 7), (1, 9, 3), (2, 4, 2)])
 def test_gradients_are_those_of_finite_differences(
-    plan: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    plan: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scans, "_plan", lambda numbers, length, device: plan)
+    monkeypatch.setattr(scans, "_plan", lambda *_: plan)
     given_ = [x.requires_grad_() for x in arguments(7, channels=2, states=2)]
     assert torch.autograd.gradcheck(selective_scan, given_)
 
@@ -64,7 +74,7 @@ def test_gradients_are_those_of_finite_differences(
 def test_both_devices_plans_agree_in_fp32(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = scans._plan
     monkeypatch.setattr(scans, "SEGMENT_NUMBERS", {"cpu": 2 * 64 * 16 * 21, "other": 2 * 64 * 16 * 100})
-    monkeypatch.setattr(scans, "_plan", lambda n, length, _: plan(n, length, torch.device(device)))
+    monkeypatch.setattr(scans, "_plan", lambda *given, **_: plan(*given[:3], torch.device(device)))
     exact = arguments(155, channels=64, states=16)
     exact[1] *= 0.1
     y, last = selective_scan(*(x.float() for x in exact))
@@ -75,12 +85,17 @@ def test_both_devices_plans_agree_in_fp32(device: str, monkeypatch: pytest.Monke
 
 
 def test_a_plan_covers_what_it_is_given() -> None:
-    for device in ("cpu", "cuda"):
-        for numbers in (1, 300, 2**18, 2**30):
-            for length in (1, 2, 9, 680):
-                segment, chunk = scans._plan(numbers, length, torch.device(device))
-                assert 1 <= chunk <= segment <= length
-                assert segment >= min(length, scans.SHORTEST_SEGMENT)
+    for device, numbers in scans.SEGMENT_NUMBERS.items():
+        kind = torch.device("cpu" if device == "cpu" else "cuda")
+        for images, length, per_token in itertools.product(
+            (1, 7, 64), (1, 2, 9, 680), (1, 300, 2**14, 2**20)
+        ):
+            group, segment, chunk = scans._plan(images, length, per_token, kind)
+            assert 1 <= group <= images
+            assert 1 <= chunk <= segment <= length
+            assert segment >= min(length, scans.SHORTEST_SEGMENT)
+            # A temporary tensor is of the size wanted, unless eight tokens of one image are more.
+            assert group * segment * per_token <= max(numbers, scans.SHORTEST_SEGMENT * per_token)
 
 
 def test_two_halves_are_the_whole() -> None:
@@ -96,7 +111,7 @@ def test_two_halves_are_the_whole() -> None:
 def test_decays_far_below_the_smallest_float_are_zero_and_stay_finite(
     chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scans, "_plan", lambda numbers, length, device: (length, chunk))
+    monkeypatch.setattr(scans, "_plan", lambda *_: (2, 200, chunk))
     given_ = [x.float() for x in arguments(200)]
     given_[1] = given_[1] * 50 + 20  # one token's decay is e^-20 to e^-1000s, that of 200 tokens beyond fp32
     given_[2] = given_[2] - 1
@@ -132,6 +147,22 @@ def test_a_later_token_changes_nothing_before_it() -> None:
     after, _ = selective_scan(*given_)
     assert torch.equal(before[:, :12], after[:, :12])
     assert not torch.allclose(before[:, 12:], after[:, 12:])
+
+
+def test_the_fused_kernel_is_given_what_its_interface_says() -> None:
+    """A stand-in with the shapes of ``mamba_ssm``: u, Δ (B, E, L), A (E, N), B, C (B, N, L), D (E)."""
+    given_ = arguments(6)[:6]
+
+    def kernel(
+        u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, *, return_last_state: bool
+    ) -> tuple[Tensor, Tensor]:
+        assert return_last_state
+        assert all(x.is_contiguous() for x in (u, delta, B, C))
+        y, last = sequential_scan(*(x.transpose(1, 2) for x in (u, delta)), A, B.mT, C.mT, D)
+        return y.transpose(1, 2), last
+
+    for one, other in zip(scans._fused_scan(kernel, *given_), sequential_scan(*given_), strict=True):
+        assert torch.equal(one, other)
 
 
 class Arithmetic(TorchDispatchMode):

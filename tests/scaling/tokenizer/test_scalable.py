@@ -188,3 +188,24 @@ def test_channels_between_encoder_and_quantiser() -> None:
     assert model.post_quant_conv.weight.shape == (12, 8, 1, 1)
     assert model.encoder.conv_out.out_channels == model.decoder.conv_in.in_channels == 12
     assert [n for n in model.state_dict() if n.startswith("quantize")] == ["quantize.embedding.weight"]
+
+
+def test_every_step_is_reconstructed_at_its_size() -> None:
+    torch.manual_seed(0)
+    model, images, sizes = Tokenizer(SCALABLE), torch.rand(2, 3, 16, 16) * 2 - 1, [(1, 1), (2, 3), (4, 4)]
+    rebuilds, quantized = model(images, sizes=sizes)
+    assert [tuple(r.shape[2:]) for r in rebuilds] == [(4, 4), (8, 12), (16, 16)]
+    assert quantized is not None
+    assert torch.equal(quantized.tokens, model.encode(images, sizes))
+    torch.testing.assert_close(
+        rebuilds[-1].clamp(-1, 1), model.decode(quantized.tokens, sizes), rtol=1e-4, atol=1e-4
+    )
+    # Every one of them teaches the encoder.
+    for rebuild in rebuilds:
+        model.zero_grad()
+        rebuild.square().mean().backward(retain_graph=True)
+        assert model.encoder.conv_in.weight.grad is not None
+        assert (model.encoder.conv_in.weight.grad != 0).any()
+    rebuilds, quantized = model(images, quantise=False, sizes=sizes)
+    assert [tuple(r.shape[2:]) for r in rebuilds] == [(4, 4), (8, 12), (16, 16)]
+    assert quantized is None
