@@ -13,7 +13,7 @@ COMMAND is one of
 and one more needs no recipe:
     python run_sweep.py fit TABLE [--key value ...]      fit a scaling law to any table of runs
 
-RECIPE is a file or the name of a shipped recipe: quickstart, cifar10, cifar10-cpu, imagenet256.
+RECIPE is a file or the name of a shipped recipe: quickstart, cifar10, cifar10-cpu, families-cpu, imagenet256.
 plan, tokenize and run take any value of the recipe: --train.lr 3e-4 --depths 2 4 6 --data.path X.
 'python run_sweep.py COMMAND --help' lists a command's own options,
 'python run_sweep.py plan RECIPE --help' the values of the recipe too.
@@ -268,7 +268,7 @@ def dispatch(arguments: list[str]) -> int:
         wanted = (
             "a table: a file with one row per run or evaluation"
             if command.takes == "table"
-            else "a recipe: a file, or quickstart, cifar10, cifar10-cpu or imagenet256"
+            else "a recipe: a file, or quickstart, cifar10, cifar10-cpu, families-cpu or imagenet256"
         )
         raise ConfigError(f"'{name}' needs {wanted}")
     own = options_of(command.options())
