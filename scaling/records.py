@@ -209,7 +209,8 @@ class RunFolder:
         """All complete lines in order, of one kind if given.
 
         A run that was killed and resumed writes some steps twice, with equal values; the last
-        of equal lines counts (``SAME_LINE``). A torn last line is ignored; a broken line elsewhere is an error.
+        of equal lines counts (``SAME_LINE``). A torn last line is ignored; a broken line elsewhere is an
+        error.
         """
         file = self.path / "metrics.jsonl"
         if not file.exists():
