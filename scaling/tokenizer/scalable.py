@@ -127,9 +127,8 @@ class ScalableQuantizer(Quantizer):
         """
         total = torch.zeros((), device=means[0].device)
         for unit_NC, mean_V in zip(vectors, means, strict=True):
-            log_NV = self._log_probabilities(unit_NC)
-            each = torch.special.entr(log_NV.exp()).sum(1).mean()
-            mean_V = mean_V.detach()
+            log_NV, mean_V = self._log_probabilities(unit_NC), mean_V.detach()
+            each = -(log_NV.exp() * log_NV).sum(1).mean()
             logs_V = (mean_V + _TINY).log()
             slope = ((logs_V + mean_V / (mean_V + _TINY)) * log_NV.exp().mean(0)).sum()
             total = total + each + (mean_V * logs_V).sum() + slope - slope.detach()

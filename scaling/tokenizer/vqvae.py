@@ -114,11 +114,11 @@ class Tokenizer(nn.Module):
         """
         self._check(images_B3HW, sizes)
         features_BCHW = self.encode_features(images_B3HW)
-        quantized: Quantized | None = None
-        steps = self.quantize.unquantised(features_BCHW, sizes)
-        if quantise:
-            quantized = self.quantize(features_BCHW, sizes)
-            steps = (*quantized.smaller, quantized.features)
+        if not quantise:
+            steps = self.quantize.unquantised(features_BCHW, sizes)
+            return [self.decode_features(f_BChw) for f_BChw in steps], None
+        quantized: Quantized = self.quantize(features_BCHW, sizes)
+        steps = (*quantized.smaller, quantized.features)
         return [self.decode_features(f_BChw) for f_BChw in steps], quantized
 
     def _check(self, images_B3HW: Tensor, sizes: Sequence[Size] | None) -> None:
