@@ -3,8 +3,8 @@
 - A set's manifold is the union of balls around its features, each as large as the distance to its k-th
   nearest neighbour, not counting itself but counting duplicates. Precision is the share of generated
   images in the manifold of the real ones, recall the share of real ones in that of the generated.
-- A point on the edge of a ball is inside (≤), as in the published definition; ties on the edge are as exact as
-  float64: features on a grid tie exactly.
+- A point on the edge of a ball is inside (≤), as in the published definition; ties on the edge are as
+  exact as float64: features on a grid tie exactly.
 - Distances are |u|² + |v|² − 2u·v in blocks of rows, so 10 000 against 10 000 need no 10 000² matrix. In
   float64, since the difference of large numbers decides; what is below its rounding is zero, so that
   copies have no distance and a ball of copies has no radius. (The ADM toolkit takes half precision here
