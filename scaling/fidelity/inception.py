@@ -1,4 +1,4 @@
-"""Inception-v3 as the FID literature uses it: the graph of 2015 with 1008 outputs, under its usual port's keys.
+"""Inception-v3 as the FID literature uses it: the 2015 graph with 1008 outputs, under its usual port's keys.
 
 Design choices
 - The file is pytorch-fid's ``pt_inception-2015-12-05-6726825d.pth``: torchvision's names, the graph's
