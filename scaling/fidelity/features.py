@@ -2,6 +2,7 @@
 
     inception         Inception-v3 with pytorch-fid's preprocessing   --weights FILE or hf://OWNER/NAME/FILE
     inception-adm     the same network with the ADM toolkit's          "
+    classifier        trained on the study's own images                --weights FOLDER
     MODULE:FUNCTION   the user's own: FUNCTION() returns an extractor
 
 - An extractor is any object with ``features(images)``; with ``probabilities(images)`` there is an inception
@@ -13,28 +14,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from scaling.config import ConfigError
+from scaling.fidelity.classifier import load_classifier
 from scaling.fidelity.inception import Inception, Resize
+from scaling.fidelity.weights import digest, load_weights, read_weights
 
-HUB = "hf://"
-INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
-WHERE = (
-    f"give --weights FILE with the FID Inception of pytorch-fid ({INCEPTION_FILE}, in release 'fid_weights' "
-    "of github.com/mseitzer/pytorch-fid), or --weights hf://OWNER/NAME/FILE for a copy on the hub"
-)
 PREPROCESSING: dict[str, Resize] = {"inception": "half-pixel", "inception-adm": "tf1"}
+NEED_WEIGHTS = (*PREPROCESSING, "classifier")
 
 
 class Extractor(Protocol):
@@ -87,99 +81,35 @@ def load_extractor(name: str, weights: str | None, device: torch.device) -> Name
 
     Args:
         name: as in the module's docstring.
-        weights: a file, or ``hf://OWNER/NAME/FILE``; None for the user's own.
+        weights: a file, ``hf://OWNER/NAME/FILE``, or the classifier's folder; None for the user's own.
         device: where it works; the user's own is moved there if it is a module.
 
     Raises:
-        ConfigError: an unknown name, weights that are not there or are other ones, a function that fails.
+        ConfigError: an unknown name, weights that are not there or are other ones, a function that is not
+            there or makes no extractor.
+        RecordsError: a classifier's folder that is none.
     """
     if name in PREPROCESSING:
         model = Inception(PREPROCESSING[name])
         state = read_weights(name, weights)
         load_weights(model, state, f"{name}: {weights}")
         return NamedExtractor(model.to(device), f"{name}:{digest(state)[:12]}", device)
+    if name == "classifier":
+        if weights is None:
+            raise ConfigError(
+                "extractor classifier needs --weights FOLDER; "
+                "python -m scaling.fidelity.train_classifier makes one"
+            )
+        classifier, identity = load_classifier(Path(weights))
+        return NamedExtractor(classifier.to(device), identity, device)
     if ":" in name:
         if weights is not None:
-            raise ConfigError(f"--weights is for {', '.join(PREPROCESSING)}; {name} brings its own")
+            raise ConfigError(f"--weights is for {', '.join(NEED_WEIGHTS)}; {name} brings its own")
         own = _call(name)
         if isinstance(own, nn.Module):
             own = own.to(device).eval()
         return NamedExtractor(own, name, device)
-    raise ConfigError(f"unknown extractor '{name}'; known: {', '.join(PREPROCESSING)}, MODULE:FUNCTION")
-
-
-def read_weights(name: str, weights: str | None) -> dict[str, Tensor]:
-    """The tensors of a file, or of one on the hub, without the batch norms' counters.
-
-    Raises:
-        ConfigError: none given, not there, or not a file of tensors.
-    """
-    if weights is None:
-        raise ConfigError(f"extractor {name} needs weights: {WHERE}")
-    file = _download(weights) if weights.startswith(HUB) else Path(weights).expanduser()
-    if not file.is_file():
-        raise ConfigError(f"extractor {name}: {file}: no such file; {WHERE}")
-    try:
-        if file.suffix == ".safetensors":
-            found = load_file(file)
-        else:
-            found = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"extractor {name}: {file}: not a readable file of weights ({reason})") from None
-    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise ConfigError(f"extractor {name}: {file}: expected a state dict of tensors")
-    return {key: value for key, value in found.items() if not key.endswith("num_batches_tracked")}
-
-
-def load_weights(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
-    """Put ``state`` into ``model``, whole.
-
-    Raises:
-        ConfigError: keys that are missing or unknown, or another shape; it names the first.
-    """
-    wanted = {k: v for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked")}
-    for what, keys in (
-        ("lacks", wanted.keys() - state.keys()),
-        ("has unknown", state.keys() - wanted.keys()),
-    ):
-        if keys:
-            raise ConfigError(f"{where} {what} {len(keys)} of {len(wanted)} weights, such as '{min(keys)}'")
-    for key, value in wanted.items():
-        if state[key].shape != value.shape:
-            raise ConfigError(
-                f"{where}: '{key}' has shape {tuple(state[key].shape)}, expected {tuple(value.shape)}"
-            )
-    model.load_state_dict(state, strict=False)
-
-
-def digest(state: dict[str, Tensor]) -> str:
-    """SHA-256 (hex) of names, shapes and values."""
-    found = hashlib.sha256()
-    for key in sorted(state):
-        value = state[key].detach().cpu().contiguous()
-        found.update(f"{key} {tuple(value.shape)} {value.dtype}\n".encode())
-        found.update(value.flatten().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
-
-
-def _download(address: str) -> Path:
-    owner, _, rest = address.removeprefix(HUB).partition("/")
-    name, _, file = rest.partition("/")
-    if not (owner and name and file):
-        raise ConfigError(f"--weights {address}: expected {HUB}OWNER/NAME/FILE")
-    try:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-    except ImportError:
-        raise ConfigError(
-            f"--weights {address} needs huggingface_hub: pip install 'varscale[metrics]', or give a file"
-        ) from None
-    try:
-        return Path(hf_hub_download(f"{owner}/{name}", file))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"--weights {address}: not to be had from the hub ({reason})") from None
+    raise ConfigError(f"unknown extractor '{name}'; known: {', '.join(NEED_WEIGHTS)}, MODULE:FUNCTION")
 
 
 def _call(name: str) -> Extractor:

@@ -110,8 +110,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("folder", type=Path, help="the run's folder")
     parser.add_argument("--tokenizer", type=Path, required=True, help="the tokenizer run's folder")
     parser.add_argument("--images", type=int, default=50_000, help="pictures to draw (default 50000)")
-    parser.add_argument("--extractor", required=True, help="inception, inception-adm or MODULE:FUNCTION")
-    parser.add_argument("--weights", help="of the extractor: a file, or hf://OWNER/NAME/FILE")
+    parser.add_argument(
+        "--extractor", required=True, help="inception, inception-adm, classifier or MODULE:FUNCTION"
+    )
+    parser.add_argument("--weights", help="a file or hf://OWNER/NAME/FILE; of a classifier, its folder")
     parser.add_argument(
         "--reference-data", default="train", help="train, val, or an .npz file (default train)"
     )
@@ -195,6 +197,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             folder.sync()
         folder.close()
         print({key: line[key] for key in ("fid", "is", "is_std", "precision", "recall", "images")})
+    state.wait_for_everyone()
+    state.destroy_process_group()
 
 
 def fidelity_line(evaluation: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:

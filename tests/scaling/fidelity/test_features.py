@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from scaling.fidelity.features import INCEPTION_FILE, NamedExtractor, load_extractor
+from scaling.fidelity.features import NamedExtractor, load_extractor
+from scaling.fidelity.weights import INCEPTION_FILE
 from scaling.schema import ConfigError
 from tests.scaling.fidelity.weights import random_images, random_weights
 
@@ -123,11 +124,14 @@ def test_a_user_brings_an_extractor(monkeypatch: pytest.MonkeyPatch) -> None:
         ("own_extractor:missing", "has no attribute 'missing'; expected MODULE:FUNCTION"),
         ("no_such_module_here:f", "No module named 'no_such_module_here'; expected MODULE:FUNCTION"),
         ("own_extractor:nothing", r"returned a str without features\(images\)"),
-        ("incepton", "unknown extractor 'incepton'; known: inception, inception-adm"),
+        (
+            "incepton",
+            "unknown extractor 'incepton'; known: inception, inception-adm, classifier, MODULE:FUNCTION",
+        ),
     ):
         with pytest.raises(ConfigError, match=message):
             load_extractor(name, None, CPU)
-    with pytest.raises(ConfigError, match="--weights is for inception, inception-adm"):
+    with pytest.raises(ConfigError, match="--weights is for inception, inception-adm, classifier; "):
         load_extractor("own_extractor:means", "file.pth", CPU)
 
 
