@@ -2,8 +2,8 @@
 
     python -m benchmarks.fidelity [--images 10000] [--device cuda]
 
-Features are random, ``--images`` × 2048 of each set, correlated as a layer's outputs are. Each step runs once,
-in a process of its own: moments streamed as the metrics stream them, FID, the usual formula for it with
+Features are random, ``--images`` × 2048 of each set, correlated as a layer's outputs are. Each step runs
+once, in a process of its own: moments streamed as the metrics stream them, FID, the usual formula for it with
 SciPy's matrix root of the product, precision and recall, the inception score of 1008 classes, Inception on
 8 images of 256 px. Peak memory is the process's, beside its peak before the step, the features included.
 """

@@ -1,4 +1,4 @@
-"""Weights that the user brings, from a file or the hub: read without running code, checked by name and shape."""
+"""Weights that the user brings, from a file or the hub, read without running code and checked by name."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from scaling.fidelity import collect as collecting
 from scaling.fidelity.collect import Images, Share, as_uint8, collect
 from scaling.fidelity.features import NamedExtractor
 from scaling.fidelity.manifold import precision_recall
@@ -114,6 +115,14 @@ def test_processes_share_the_images_and_get_one_result(reference: Reference, wor
     )
     for result in found:
         assert_close(result, alone)
+
+
+def test_moments_do_not_depend_on_how_many_rows_they_take_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = collect(pictures(2), 50, CORNERS, batch=7).moments
+    monkeypatch.setattr(collecting, "FOLDED", 16)
+    parts = collect(pictures(2), 50, CORNERS, batch=7).moments
+    assert (parts.count, whole.count) == (50, 50)
+    np.testing.assert_allclose(parts.scatter_DD, whole.scatter_DD, rtol=1e-10, atol=1e-10)
 
 
 def test_features_come_back_in_the_order_of_the_images() -> None:
