@@ -1,7 +1,7 @@
 """What one run is, entirely: frozen dataclasses from the depth to the last training option.
 
 - One dial. ``ModelConfig.from_depth(d)`` fixes width 64d, d heads and drop path 0.1·d/24
-  (VAR eqs. 7 and 8), so that N = 18·w²·d = 73728·d³ (12·w²·d = 49152·d³ with shared adaLN).
+  (VAR eqs. 7 and 8), so that N = 18·w²·d = 73728·d³ (12·w²·d = 49152·d³ with a shared adaLN or none).
 - ``RunConfig`` holds everything that changes the result; its content hash is the run's id.
   ``LaunchConfig`` holds what must not change it: micro-batch, processes, threads, trackers.
 - Everything is imported from here: ``scaling.schema`` (reading, hashing) and ``scaling.tokenizer.config``
@@ -48,7 +48,13 @@ __all__ = [
 ]
 
 SCHEDULES = ("lin0", "lin", "lin00", "cos", "exp", "constant")
-Family = Literal["var"]
+Family = Literal["var", "flexvar", "flexvar-mamba", "raster"]
+AdaLN = Literal["own", "shared", "none"]
+StepSchedule = Literal["fixed", "paper", "published"]
+FLEXIBLE = ("flexvar", "flexvar-mamba")
+"""Families that train on, and sample with, steps of any number and size."""
+PUBLISHED_SIDE = 16
+"""The published random steps are written down for maps of this side only."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +122,7 @@ class TokenizerRunConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A transformer of the family, in full. Build it with ``from_depth``."""
+    """A model of a family, in full. Build it with ``from_depth``."""
 
     depth: int
     width: int
@@ -124,12 +130,21 @@ class ModelConfig:
     vocab: int
     latent_channels: int
     scales: tuple[int, ...]
+    """Side lengths of the steps at evaluation, and in sampling unless others are asked for; raster: one."""
     num_classes: int
     drop_path: float
     family: Family = "var"
     mlp_ratio: int = 4
-    shared_adaln: bool = False
+    adaln: AdaLN = "own"
+    """Where layer norms take scale, shift and gate from: a matrix per layer, one for all layers, or none
+    (learned vectors and no gates; VAR table 3, second row)."""
     qk_norm: bool = True
+    step_schedule: StepSchedule = "fixed"
+    """Steps of a training step (``scaling.steps``): always ``scales``, the paper's random ones, or those
+    of the published code. Of flexible families only."""
+    ssm_state: int = 16
+    ssm_expand: int = 2
+    ssm_conv: int = 4
     label_drop: float = 0.1
     init_adaln: float = 0.5
     init_adaln_gamma: float = 1e-5
@@ -142,7 +157,28 @@ class ModelConfig:
         )
         require(0 <= self.label_drop < 1, f"model label_drop must be in [0, 1), got {self.label_drop}")
         require(0 <= self.drop_path < 1, f"model drop_path must be in [0, 1), got {self.drop_path}")
-        require(len(self.scales) > 0, "model scales must not be empty")
+        require(
+            len(self.scales) > 0 and all(a < b for a, b in zip(self.scales, self.scales[1:], strict=False)),
+            f"model.scales must grow, got {list(self.scales)}",
+        )
+        for name in ("ssm_state", "ssm_expand", "ssm_conv"):
+            require(getattr(self, name) >= 1, f"model.{name} must be at least 1, got {getattr(self, name)}")
+        require(
+            self.step_schedule == "fixed" or self.family in FLEXIBLE,
+            f"model.step_schedule '{self.step_schedule}' is for {' and '.join(FLEXIBLE)}; "
+            f"{self.family} trains on the same steps always ('fixed')",
+        )
+        require(
+            self.step_schedule != "published" or self.scales[-1] == PUBLISHED_SIDE,
+            f"model.step_schedule 'published' is written down for maps of {PUBLISHED_SIDE} x "
+            f"{PUBLISHED_SIDE} tokens, these are {self.scales[-1]} x {self.scales[-1]}; use 'paper'",
+        )
+        if self.family == "raster":
+            require(len(self.scales) == 1, f"raster has one map, got model.scales {list(self.scales)}")
+            require(
+                self.adaln == "none" and not self.qk_norm,
+                "raster is a GPT-2: model.adaln must be none and model.qk_norm false",
+            )
 
     @classmethod
     def from_depth(
@@ -153,14 +189,30 @@ class ModelConfig:
         latent_channels: int = 32,
         scales: tuple[int, ...] = PAPER_SCALES,
         num_classes: int = 1000,
+        family: Family = "var",
         **options: Any,
     ) -> ModelConfig:
-        """Width 64d, d heads, drop path 0.1·d/24 (VAR eq. 7). ``options`` are further fields."""
+        """Width 64d, d heads, drop path 0.1·d/24 (VAR eq. 7), and the family's own choices.
+
+        Args:
+            scales: of the tokenizer, or the steps wanted; raster takes the last.
+            options: further fields, in place of what follows from depth and family.
+        """
         derived: dict[str, Any] = {"width": 64 * depth, "heads": depth, "drop_path": 0.1 * depth / 24}
+        if family in FLEXIBLE:
+            derived |= {"step_schedule": "paper"}
+        if family == "raster":
+            derived |= {"adaln": "none", "qk_norm": False}
+            scales = scales[-1:]
         return cls(
             depth=depth, vocab=vocab, latent_channels=latent_channels, scales=tuple(scales),
-            num_classes=num_classes, **(derived | options),
+            num_classes=num_classes, family=family, **(derived | options),
         )  # fmt: skip
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """``scales`` as (h, w)."""
+        return tuple((side, side) for side in self.scales)
 
     @property
     def seq_len(self) -> int:
@@ -175,7 +227,8 @@ class TrainConfig:
     steps: int | None = None
     epochs: float | None = None
     tokens: float | None = None
-    """Training tokens to see (D); rounded up to whole steps."""
+    """Training tokens to see (D), rounded up to whole optimiser steps; with random steps, as if every image
+    had all of ``model.scales``."""
     batch: int = 256
     """Images per optimiser step, over all processes and micro-batches."""
     lr: float | None = None
@@ -272,14 +325,43 @@ class RunConfig:
             f"tokenizer.scales must end at the latent size {side} (= {pixels} px / {tok.downsampling}), "
             f"got {list(tok.scales)}",
         )
-        for name in ("vocab", "latent_channels", "scales"):
+        for name in ("vocab", "latent_channels"):
             require(
                 getattr(self.model, name) == getattr(tok, name), f"model.{name} differs from tokenizer.{name}"
             )
+        self._check_scales()
         for name in ("train_images", "val_images", "num_classes"):
             require(getattr(self.data, name) is not None, f"data.{name} is not known yet")
         require(
             self.model.num_classes == self.data.num_classes, "model.num_classes differs from data.num_classes"
+        )
+
+    def _check_scales(self) -> None:
+        """Whether the tokenizer gives the tokens that the family needs."""
+        model, tok = self.model, self.tokenizer
+        wanted = "residual" if model.family == "var" else "scalable"
+        require(
+            tok.quantizer == wanted,
+            f"family '{model.family}' needs tokenizer.quantizer '{wanted}', got '{tok.quantizer}'",
+        )
+        if model.family == "var":
+            require(
+                model.scales == tok.scales,
+                f"model.scales {list(model.scales)} differ from tokenizer.scales {list(tok.scales)}",
+            )
+            return
+        needed = set(model.scales)
+        if model.step_schedule == "published":
+            needed |= set(range(1, PUBLISHED_SIDE + 1))
+        missing = sorted(needed - set(tok.scales))
+        require(
+            not missing,
+            f"tokenizer.scales {list(tok.scales)} lack {missing}, which model.scales or "
+            f"model.step_schedule '{model.step_schedule}' need",
+        )
+        require(
+            model.scales[-1] == tok.scales[-1],
+            f"model.scales must end with tokenizer.scales' last, {tok.scales[-1]}, got {model.scales[-1]}",
         )
 
     @property
@@ -324,7 +406,10 @@ class SamplingConfig:
     images: int = 16
     """0 for none."""
     guidance: float = 1.5
-    """Classifier-free guidance; it rises linearly over the scales, as published."""
+    """Classifier-free guidance t: logits + t·(logits − unconditional ones); 0 for none."""
+    guidance_form: Literal["ramp", "constant"] = "ramp"
+    """ramp: t rises linearly over the steps from 0 (VAR); constant: as it is (LlamaGen, whose cfg is 1 + t;
+    raster always)."""
     top_k: int = 0
     top_p: float = 0.0
     seed: int = 0

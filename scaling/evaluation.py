@@ -19,9 +19,11 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
+from scaling.config import ModelConfig
 from scaling.data.cache import CachedSplit
 from scaling.families.registry import FAMILIES
-from scaling.tokenizer.quantizer import MultiScaleQuantizer
+from scaling.steps import token_columns
+from scaling.tokenizer.quantizer import Quantizer
 
 
 @dataclass(frozen=True)
@@ -63,12 +65,12 @@ def per_scale(values_BL: Tensor, scales: tuple[int, ...]) -> Tensor:
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    quantizer: MultiScaleQuantizer,
+    config: ModelConfig,
+    quantizer: Quantizer,
     split: CachedSplit,
     accelerator: Accelerator,
     *,
-    family: str,
-    scales: tuple[int, ...],
+    cached: tuple[int, ...],
     images: int | None,
     batch: int,
 ) -> Evaluation:
@@ -76,22 +78,27 @@ def evaluate(
 
     Spread, since an image folder is sorted by class. Every process must call it, with the bare model:
     a wrapped one exchanges buffers, and waits for ever for a process that has no images. Every process
-    gets the same result.
+    gets the same result. Always with the steps of ``config.scales``, whatever it was trained on.
+
+    Args:
+        cached: side lengths of the token maps in the split.
     """
     count = split.images if images is None else min(images, split.images)
     rank, world = accelerator.process_index, accelerator.num_processes
     mine = (np.arange(count) * split.images // count)[rank::world]
-    inputs = FAMILIES[family].inputs
+    inputs, scales = FAMILIES[config.family].inputs, config.scales
+    columns = token_columns(cached, scales)
     training = model.training
     model.eval()
     rows: list[np.ndarray] = []
     for start in range(0, len(mine), batch):
         indices = mine[start : start + batch]
-        tokens_BL = torch.from_numpy(split.tokens(indices, np.zeros_like(indices)).astype(np.int64))
+        rows_BL = split.tokens(indices, np.zeros_like(indices))[:, columns]
+        tokens_BL = torch.from_numpy(rows_BL.astype(np.int64))
         tokens_BL = tokens_BL.to(accelerator.device)
         labels_B = torch.from_numpy(split.labels[indices]).to(accelerator.device)
         with accelerator.autocast():
-            logits_BLV = model(labels_B, inputs(quantizer, tokens_BL))
+            logits_BLV = model(labels_B, inputs(quantizer, tokens_BL, config.sizes))
         loss_BL, wrong_BL = token_losses(logits_BLV, tokens_BL)
         both = torch.stack([per_scale(loss_BL, scales), per_scale(wrong_BL, scales)], dim=1)
         rows.append(both.double().cpu().numpy())

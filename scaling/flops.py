@@ -3,20 +3,25 @@
 Conventions (DESIGN, "Words and units"):
 - A multiply-add is 2 FLOPs; training is 3 × forward.
 - ``params`` is the paper's N(d): the matrices of the blocks alone, 18·w²·d (VAR eq. 8), or 12·w²·d
-  with shared adaLN. ``params_total`` counts everything that is trained.
+  with a shared adaLN or none. ``params_total`` counts everything that is trained.
 - adaLN is a third of N, but its matrices see one vector per image, not one per token, so it is
   next to no compute and ``flops_6nd`` overstates C by about half.
-- Attention counts the pairs that the block-causal mask allows; ``masked=False`` counts all L².
+- Attention counts the pairs that the mask allows; ``masked=False`` counts all L².
 - Norms, softmax, biases and pointwise functions are not counted, as in torch's own counter.
+- A run with random steps (FlexVAR) is counted step by step: ``spent``.
 - Tests hold all of this to torch's count on the meta device at depths 1 to 36.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from scaling.config import ModelConfig, TokenizerConfig
+from scaling.config import FLEXIBLE, ModelConfig, RunConfig, TokenizerConfig
+from scaling.steps import schedule_counts
 
+Size = tuple[int, int]
 N_PARTS = ("qkv", "projection", "mlp", "adaln")
 """The parts of ``params_by_part`` that the paper's N counts."""
 TRAIN_FORWARDS = 3
@@ -25,96 +30,150 @@ _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 def params(model: ModelConfig) -> int:
-    """N: parameters of the blocks' matrices (qkv 3w², projection w², MLP 8w², adaLN 6w² unless shared)."""
+    """N: parameters of the blocks' matrices (qkv 3w², projection w², MLP 8w², a layer's own adaLN 6w²)."""
     parts = params_by_part(model)
     return sum(parts[part] for part in N_PARTS)
 
 
 def params_total(model: ModelConfig) -> int:
-    """Every trained parameter: N, biases, embeddings, the adaLN before the head, the head."""
+    """Every trained parameter: N, biases, embeddings, the norm before the head, the head."""
     return sum(params_by_part(model).values())
 
 
 def params_by_part(model: ModelConfig) -> dict[str, int]:
     """Every trained parameter by what it belongs to; the parts of ``N_PARTS`` add up to N.
 
-    ``biases`` are all vectors of the blocks: biases, the learned offsets of a shared adaLN, the scales
-    of the attention heads. ``head`` has the adaLN before it.
+    ``biases`` are all vectors of the blocks: biases, the learned vectors of a shared adaLN or of plain layer
+    norms, the scales of the attention heads. ``head`` has the norm before it.
     """
-    w, L, d = model.width, model.seq_len, model.depth
+    w, d = model.width, model.depth
     vectors = (
         (2 * w + w + model.mlp_ratio * w + w)  # q and v; projection; two MLP layers
-        + 6 * w  # the bias of a layer's own adaLN, or its learned offsets when shared
+        + (4 if model.adaln == "none" else 6) * w  # two layer norms; or adaLN's bias or learned offsets
         + (model.heads if model.qk_norm else 0)
     )
-    embeddings = (
-        (model.num_classes + 1) * w  # classes and the null class
-        + model.scales[0] ** 2 * w  # start position
-        + L * w  # positions
-        + len(model.scales) * w  # scales
-        + model.latent_channels * w + w  # token embedding
-    )  # fmt: skip
+    norm = 2 * w if model.adaln == "none" else 2 * w**2 + 2 * w
     return {
         "qkv": 3 * w**2 * d,
         "projection": w**2 * d,
         "mlp": 2 * model.mlp_ratio * w**2 * d,
-        "adaln": 0 if model.shared_adaln else 6 * w**2 * d,
-        "adaln_shared": 6 * w**2 + 6 * w if model.shared_adaln else 0,
+        "adaln": 6 * w**2 * d if model.adaln == "own" else 0,
+        "adaln_shared": 6 * w**2 + 6 * w if model.adaln == "shared" else 0,
         "biases": d * vectors,
-        "embeddings": embeddings,
-        "head": 2 * w**2 + 2 * w + w * model.vocab + model.vocab,
+        "embeddings": _embedding_params(model),
+        "head": norm + w * model.vocab + model.vocab,
     }
 
 
-def attention_pairs(scales: tuple[int, ...], masked: bool = True) -> int:
+def _embedding_params(model: ModelConfig) -> int:
+    w = model.width
+    classes = (model.num_classes + 1) * w  # and the null class
+    if model.family == "raster":
+        return classes + model.vocab * w + model.seq_len * w  # tokens, positions
+    start = model.scales[0] ** 2 * w
+    token = model.latent_channels * w + w
+    if model.family in FLEXIBLE:
+        return classes + start + token + (2 * model.scales[-1]) ** 2 * w  # one map of positions for all sizes
+    return classes + start + token + model.seq_len * w + len(model.scales) * w  # positions, scales
+
+
+def attention_pairs(sizes: Sequence[Size], masked: bool = True) -> int:
     """(query, key) pairs per head: Σ n_k·n_{≤k} under the block-causal mask, else L²."""
     total = pairs = 0
-    for side in scales:
-        total += side * side
-        pairs += side * side * total
+    for h, w in sizes:
+        total += h * w
+        pairs += h * w * total
     return pairs if masked else total * total
 
 
-def forward_flops(model: ModelConfig, masked: bool = True) -> int:
+def forward_flops(model: ModelConfig, masked: bool = True, sizes: Sequence[Size] | None = None) -> int:
     """FLOPs of one image's forward pass.
 
     Args:
         masked: count the allowed attention pairs (exact); False counts all L², as torch's counter does.
+        sizes: the steps (h, w) of the image; None for ``model.scales``.
     """
-    return sum(forward_flops_by_part(model, masked).values())
+    return sum(forward_flops_by_part(model, masked, sizes).values())
 
 
-def forward_flops_by_part(model: ModelConfig, masked: bool = True) -> dict[str, int]:
+def forward_flops_by_part(
+    model: ModelConfig, masked: bool = True, sizes: Sequence[Size] | None = None
+) -> dict[str, int]:
     """``forward_flops`` by what is computed."""
-    w, L, d = model.width, model.seq_len, model.depth
+    sizes = model.sizes if sizes is None else sizes
+    w, d = model.width, model.depth
+    L, first = sum(h * v for h, v in sizes), sizes[0][0] * sizes[0][1]
+    if model.family == "raster":  # each token sees itself and those before it; embedding is a look-up
+        pairs, embedding = (L * (L + 1) // 2 if masked else L * L), 0
+    else:
+        pairs, embedding = attention_pairs(sizes, masked), 2 * model.latent_channels * w * (L - first)
     return {
         "qkv": 6 * w**2 * L * d,
         "projection": 2 * w**2 * L * d,
         "mlp": 4 * model.mlp_ratio * w**2 * L * d,
-        "attention": 4 * w * attention_pairs(model.scales, masked) * d,  # q·k and weights·v
-        "adaln": 12 * w**2 * (1 if model.shared_adaln else d),  # once per image
-        "embedding": 2 * model.latent_channels * w * (L - model.scales[0] ** 2),
-        "head": 4 * w**2 + 2 * w * model.vocab * L,
+        "attention": 4 * w * pairs * d,  # q·k and weights·v
+        "adaln": 12 * w**2 * {"own": d, "shared": 1, "none": 0}[model.adaln],  # once per image
+        "embedding": embedding,
+        "head": (0 if model.adaln == "none" else 4 * w**2) + 2 * w * model.vocab * L,
     }
 
 
-def train_flops(model: ModelConfig) -> int:
-    """FLOPs of training on one image: 3 × forward, attention masked."""
-    return TRAIN_FORWARDS * forward_flops(model)
+def train_flops(model: ModelConfig, sizes: Sequence[Size] | None = None) -> int:
+    """FLOPs of training on one image with these steps: 3 × forward, attention masked."""
+    return TRAIN_FORWARDS * forward_flops(model, sizes=sizes)
 
 
-def costs(model: ModelConfig) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Spent:
+    """What some steps of a run cost."""
+
+    tokens: int
+    """Training tokens seen, D."""
+    flops: int
+    """Training FLOPs, C."""
+
+    def __add__(self, other: Spent) -> Spent:
+        return Spent(self.tokens + other.tokens, self.flops + other.flops)
+
+
+def step_cost(config: RunConfig, scales: tuple[int, ...]) -> Spent:
+    """One optimiser step whose images have these side lengths as steps."""
+    images, sizes = config.train.batch, tuple((side, side) for side in scales)
+    return Spent(images * sum(side * side for side in scales), images * train_flops(config.model, sizes))
+
+
+def spent(config: RunConfig, steps: int) -> Spent:
+    """The first ``steps`` optimiser steps of a run, exactly, whatever steps their images have."""
+    total = Spent(0, 0)
+    for scales, times in schedule_counts(config.model, config.seed, steps).items():
+        cost = step_cost(config, scales)
+        total += Spent(times * cost.tokens, times * cost.flops)
+    return total
+
+
+def costs(config: RunConfig) -> dict[str, Any]:
     """What a run's ``costs.json`` holds, so that other conventions of N and C can be told from it.
 
     Returns:
-        ``params`` (``params_by_part``, sums to ``params_total``), ``flops_per_image`` (training FLOPs
-        of one image by part, sums to ``train_flops``), ``tokens_per_image`` (L).
+        ``params`` (``params_by_part``, sums to ``params_total``), ``flops_per_image`` (training FLOPs of one
+        image by part), ``tokens_per_image``; these two are means over the run's images where their steps
+        differ, and whole numbers where they do not.
     """
-    forward = forward_flops_by_part(model)
+    model, steps = config.model, config.total_steps
+    tokens, by_part = 0, dict.fromkeys(forward_flops_by_part(model), 0)
+    for scales, times in schedule_counts(model, config.seed, steps).items():
+        sizes = tuple((side, side) for side in scales)
+        tokens += times * sum(side * side for side in scales)
+        for part, count in forward_flops_by_part(model, sizes=sizes).items():
+            by_part[part] += times * TRAIN_FORWARDS * count
+
+    def mean(total: int) -> int | float:
+        return total // steps if total % steps == 0 else total / steps
+
     return {
         "params": params_by_part(model),
-        "flops_per_image": {part: TRAIN_FORWARDS * count for part, count in forward.items()},
-        "tokens_per_image": model.seq_len,
+        "flops_per_image": {part: mean(total) for part, total in by_part.items()},
+        "tokens_per_image": mean(tokens),
     }
 
 

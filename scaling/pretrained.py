@@ -22,18 +22,18 @@ _TOP = {
     "word_embed.bias": "token_embedding.bias",
     "shared_ada_lin.1.weight": "shared_adaln.weight",
     "shared_ada_lin.1.bias": "shared_adaln.bias",
-    "head_nm.ada_lin.1.weight": "head_adaln.weight",
-    "head_nm.ada_lin.1.bias": "head_adaln.bias",
-    "head.weight": "head.weight",
-    "head.bias": "head.bias",
+    "head_nm.ada_lin.1.weight": "head.adaln.weight",
+    "head_nm.ada_lin.1.bias": "head.adaln.bias",
+    "head.weight": "head.to_vocab.weight",
+    "head.bias": "head.to_vocab.bias",
 }
 _BLOCK = {
-    "attn.scale_mul_1H11": "qk_log_scale",
-    "attn.q_bias": "q_bias",
-    "attn.v_bias": "v_bias",
-    "attn.mat_qkv.weight": "qkv.weight",
-    "attn.proj.weight": "attention_out.weight",
-    "attn.proj.bias": "attention_out.bias",
+    "attn.scale_mul_1H11": "mixer.log_scale",
+    "attn.q_bias": "mixer.q_bias",
+    "attn.v_bias": "mixer.v_bias",
+    "attn.mat_qkv.weight": "mixer.qkv.weight",
+    "attn.proj.weight": "mixer.out.weight",
+    "attn.proj.bias": "mixer.out.bias",
     "ffn.fc1.weight": "mlp_in.weight",
     "ffn.fc1.bias": "mlp_in.bias",
     "ffn.fc2.weight": "mlp_out.weight",
@@ -44,7 +44,7 @@ _BLOCK = {
 }
 
 
-def published_var_name(key: str) -> str | None:
+def published_name(key: str) -> str | None:
     """This project's name of a published VAR key; None for a buffer that is not kept.
 
     Raises:
@@ -60,17 +60,19 @@ def published_var_name(key: str) -> str | None:
     raise ConfigError(f"not a VAR checkpoint: unexpected key '{key}'")
 
 
-def var_from_published(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def transformer_from_published(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A published VAR state dict under this project's names and shapes."""
     converted = {}
     for key, value in state.items():
-        name = published_var_name(key)
+        name = published_name(key)
         if name is None:
             continue
         leaf = name.rsplit(".", 1)[-1]
-        if leaf in ("start_position", "positions", "adaln_offset"):
-            value = value.reshape(value.shape[-2:])
-        elif leaf == "qk_log_scale":
+        if leaf in ("start_position", "positions"):
+            value = value[0]
+        elif leaf == "adaln_offset":
+            value = value[0, 0]
+        elif leaf == "log_scale":
             value = value.reshape(-1)
         converted[name] = value
     return converted

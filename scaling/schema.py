@@ -4,7 +4,8 @@ Strict means: an unknown key, a missing value or a wrong type is a ``ConfigError
 which key, what was given and what was expected. A reader of YAML passes ``locate`` to add
 the file and line. Fields with ``metadata={"identity": False}`` (where data lies, not what it
 is) are left out of ``identity`` and so of every hash; a name there instead of False is what the field
-is called in ``identity``, so that a hash outlives a change of fields.
+is called in ``identity``, so that a hash outlives a change of fields. So does ``metadata={"added": True}``:
+a field that came later is left out of ``identity`` while it has its default.
 """
 
 from __future__ import annotations
@@ -139,7 +140,11 @@ def to_dict(obj: Any) -> dict[str, Any]:
 def identity(obj: Any) -> Any:
     """As ``to_dict``, without the fields that only say where something lies."""
     if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
-        names = {f.name: f.metadata.get("identity", f.name) for f in dataclasses.fields(obj)}
+        names = {
+            f.name: f.metadata.get("identity", f.name)
+            for f in dataclasses.fields(obj)
+            if not (f.metadata.get("added") and getattr(obj, f.name) == f.default)
+        }
         return {shown: identity(getattr(obj, name)) for name, shown in names.items() if shown}
     if isinstance(obj, tuple | list):
         return [identity(v) for v in obj]

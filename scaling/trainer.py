@@ -37,18 +37,18 @@ from scaling.checkpoint import (
     sync_file,
 )
 from scaling.clock import Clock, device_name, peak_memory
-from scaling.config import ConfigError, LaunchConfig, RunConfig, from_dict
+from scaling.config import PUBLISHED_SIDE, ConfigError, LaunchConfig, RunConfig, from_dict
 from scaling.data.cache import CachedSplit, TokenCache, open_cache
 from scaling.data.sampler import batch_indices, batch_views
 from scaling.draws import step_draws
 from scaling.evaluation import evaluate, per_scale, token_losses
-from scaling.families.registry import FAMILIES, build
-from scaling.families.var import VAR
+from scaling.families.registry import FAMILIES, build, family_model
 from scaling.generation import sample_grid
 from scaling.mirror import Mirror
 from scaling.process import Interrupted, JobProcess, recorded_failure, run_job
 from scaling.records import RunFolder, finite, read_json
 from scaling.schedule import learning_rate, weight_decay
+from scaling.steps import step_scales, token_columns
 from scaling.tokenizer.vqvae import Tokenizer, load_tokenizer
 
 EVAL_BATCH = 64
@@ -66,21 +66,22 @@ def train(
         accelerator = make_accelerator(config, launch, folder)
     with JobProcess(folder, accelerator.is_main_process, accelerator.wait_for_everyone) as job:
         if accelerator.is_main_process:
-            folder.write_costs(flops.costs(config.model))
+            folder.write_costs(flops.costs(config))
         state = State(config, launch, accelerator, tokenizer)
         start, total = state.resume(folder), config.total_steps
         train_split, val_split = cache.split("train"), cache.split("val")
         mirror = Mirror(accelerator, config, launch, folder, start)
         batches = Batches(config, launch, accelerator, train_split)
         eval_steps, clock = set(config.eval_steps), Clock(launch.checkpoint_seconds)
-        agreement = Agreement(accelerator, start)
+        agreement, spent = Agreement(accelerator, start), flops.spent(config, start)
         for step in range(start, total):
             set_rates(state.optimizer, config, step)
-            sums = train_step(state, batches, step)
-            done = step + 1
+            scales = step_scales(config.model, config.seed, step)
+            sums = train_step(state, batches, step, scales)
+            done, spent = step + 1, spent + flops.step_cost(config, scales)
 
             if done % launch.log_every == 0 or done == total:
-                values = training_record(config, accelerator, sums, done, train_split.images)
+                values = training_record(config, accelerator, sums, done, spent, train_split.images)
                 speed = clock.lap(done - start) * config.train.batch
                 if not finite(values["loss_avg"]):
                     raise TrainingError(f"the loss became {values['loss_avg']} at step {done}")
@@ -89,11 +90,11 @@ def train(
             if done in eval_steps:
                 with clock.paused():
                     evaluation = evaluate(
-                        state.bare, state.quantizer, val_split, accelerator, family=config.model.family,
-                        scales=config.model.scales, images=config.evaluation.images,
+                        state.bare, config.model, state.quantizer, val_split, accelerator,
+                        cached=config.tokenizer.scales, images=config.evaluation.images,
                         batch=launch.micro_batch or EVAL_BATCH,
                     )  # fmt: skip
-                record = evaluation_record(config, done, train_split.images) | evaluation.record()
+                record = evaluation_record(config, done, spent, train_split.images) | evaluation.record()
                 if not finite(record["loss_avg"]):
                     raise TrainingError(f"the validation loss became {record['loss_avg']} at step {done}")
                 mirror.log(record)
@@ -192,16 +193,21 @@ class Batches:
         micros = min(-(-largest // (launch.micro_batch or largest)), len(shares[-1]))
         self.rows = np.array_split(shares[accelerator.process_index], micros)
 
-    def micro_batches(self, step: int) -> list[tuple[Tensor, Tensor, Tensor | None]]:
-        """Tokens (b, L), labels (b,) after label drop, and drop-path factors (depth, 2, b), on the device."""
+    def micro_batches(self, step: int, scales: tuple[int, ...]) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+        """Tokens (b, L) of these scales, labels (b,) after label drop, and drop-path factors (depth, 2, b),
+        on the device."""
         config, n = self.config, self.split.images
         batch, seed = config.train.batch, config.seed
         indices, views = batch_indices(seed, step, batch, n), batch_views(step, batch, n, config.data.views)
         draws = step_draws(config.model, seed, step, batch)
         labels = np.where(draws.drop_label, config.model.num_classes, self.split.labels[indices])
+        columns = None
+        if scales != config.tokenizer.scales:
+            columns = token_columns(config.tokenizer.scales, scales)
         micro = []
         for rows in self.rows:
-            tokens = self.split.tokens(indices[rows], views[rows]).astype(np.int64)
+            cached = self.split.tokens(indices[rows], views[rows])
+            tokens = (cached if columns is None else cached[:, columns]).astype(np.int64)
             path = None if draws.path_scale is None else torch.from_numpy(draws.path_scale[:, :, rows])
             micro.append((
                 torch.from_numpy(tokens).to(self.device, non_blocking=True),
@@ -211,20 +217,21 @@ class Batches:
         return micro
 
 
-def train_step(state: State, batches: Batches, step: int) -> dict[str, Tensor]:
-    """One optimiser step; returns sums over this process's images, on the device."""
+def train_step(state: State, batches: Batches, step: int, scales: tuple[int, ...]) -> dict[str, Tensor]:
+    """One optimiser step on token maps of these sides; returns sums over this process's images, on the
+    device."""
     accelerator, config = state.accelerator, state.config
-    inputs = FAMILIES[config.model.family].inputs
-    micro, scales = batches.micro_batches(step), config.model.scales
-    global_tokens = config.train.batch * config.model.seq_len
+    inputs, sizes = FAMILIES[config.model.family].inputs, tuple((side, side) for side in scales)
+    micro = batches.micro_batches(step, scales)
+    global_tokens = config.train.batch * sum(side * side for side in scales)
     sums: dict[str, Tensor] = {}
     for index, (tokens_BL, labels_B, path_scale) in enumerate(micro):
         last = index == len(micro) - 1
         with torch.no_grad():
-            inputs_BlC = inputs(state.quantizer, tokens_BL)
+            given = inputs(state.quantizer, tokens_BL, sizes)
         with contextlib.nullcontext() if last else accelerator.no_sync(state.model):
             with accelerator.autocast():
-                logits_BLV = state.model(labels_B, inputs_BlC, path_scale)
+                logits_BLV = state.model(labels_B, given, path_scale, sizes)
             loss_BL, wrong_BL = token_losses(logits_BLV, tokens_BL)
             # DDP averages gradients over processes, so each contributes its sum times their number.
             accelerator.backward(loss_BL.sum() * (accelerator.num_processes / global_tokens))
@@ -257,44 +264,52 @@ def set_rates(optimizer: Any, config: RunConfig, step: int) -> None:
         group["lr"], group["weight_decay"] = rate, decay * group["decay"]
 
 
-def progress_record(config: RunConfig, done: int, images: int) -> dict[str, Any]:
+def progress_record(config: RunConfig, done: int, spent: flops.Spent, images: int) -> dict[str, Any]:
     """What has been spent after ``done`` steps, under DESIGN's names."""
-    seen = done * config.train.batch
     return {
         "step": done,
-        "tokens": seen * config.model.seq_len,
-        "epochs": seen / images,
-        "flops": seen * flops.train_flops(config.model),
+        "tokens": spent.tokens,
+        "epochs": done * config.train.batch / images,
+        "flops": spent.flops,
     }
 
 
 def training_record(
-    config: RunConfig, accelerator: Accelerator, sums: dict[str, Tensor], done: int, images: int
+    config: RunConfig,
+    accelerator: Accelerator,
+    sums: dict[str, Tensor],
+    done: int,
+    spent: flops.Spent,
+    images: int,
 ) -> dict[str, Any]:
-    """The line of a log point: means over the global batch, before the update. Synchronises."""
+    """The line of a log point: means over the global batch, before the update. Synchronises.
+
+    With random steps they are of the token maps that this step used, and ``loss_last`` of the largest.
+    """
     names = [name for name in sums if name != "grad_norm"]
     reduced = accelerator.reduce(torch.stack([sums[name] for name in names]), reduction="sum")
     means = {name: float(v) / config.train.batch for name, v in zip(names, reduced.tolist(), strict=True)}
     return {
         "kind": "train",
-        **progress_record(config, done, images),
+        **progress_record(config, done, spent, images),
         **means,
         "lr": learning_rate(config.train, done - 1, config.total_steps),
         "grad_norm": float(sums["grad_norm"]),
     }
 
 
-def evaluation_record(config: RunConfig, done: int, images: int) -> dict[str, Any]:
+def evaluation_record(config: RunConfig, done: int, spent: flops.Spent, images: int) -> dict[str, Any]:
     """The part of an evaluation's line that does not depend on the model's answers."""
-    spent = progress_record(config, done, images)
+    # Another crop of an image is another token sequence; each of its maps is the same whenever it is used.
+    sides = range(1, PUBLISHED_SIDE + 1) if config.model.step_schedule == "published" else config.model.scales
+    unique = images * config.data.views * sum(side * side for side in sides)
     return {
         "kind": "eval",
-        **spent,
+        **progress_record(config, done, spent, images),
         "params": flops.params(config.model),
         "params_total": flops.params_total(config.model),
-        # Another crop of an image is another token sequence.
-        "unique_tokens": min(spent["tokens"], images * config.data.views * config.model.seq_len),
-        "flops_6nd": flops.flops_6nd(config.model, spent["tokens"]),
+        "unique_tokens": min(spent.tokens, unique),
+        "flops_6nd": flops.flops_6nd(config.model, spent.tokens),
     }
 
 
@@ -313,8 +328,11 @@ def finish(
     if launch.sampling.images == 0:
         return
     state.bare.eval()
-    assert isinstance(state.bare, VAR)
-    sample_grid(state.bare, tokenizer, launch.sampling, config.model.num_classes, folder.path / "samples.png")
+    tokenizer.to(state.accelerator.device)
+    sample_grid(
+        family_model(state.bare), tokenizer, launch.sampling, config.model.num_classes,
+        folder.path / "samples.png",
+    )  # fmt: skip
 
 
 def machine_facts(
@@ -380,7 +398,7 @@ def main() -> None:
             torch.set_num_threads(launch.threads)
         torch.backends.cudnn.allow_tf32 = False  # φ decides tokens' inputs: the same on every device
         tokenizer = load_tokenizer(args.tokenizer / "tokenizer")
-        cache = open_cache(args.tokens, tokenizer.content_hash, config.model.scales)
+        cache = open_cache(args.tokens, tokenizer.content_hash, config.tokenizer.scales)
     train(folder, config, launch, cache, tokenizer)
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from scaling.config import (
+    AdaLN,
     ConfigError,
     DataConfig,
     EvaluationConfig,
@@ -44,9 +45,10 @@ RESERVED = ("tokenizers", "tokens")
 class ModelOptions:
     """What a model may vary beside its depth; the rest follows from the depth."""
 
-    shared_adaln: bool = False
-    """One adaLN matrix for all layers: N = 49152·d³ instead of 73728·d³."""
-    qk_norm: bool = True
+    adaln: AdaLN | None = None
+    """own: a matrix per layer; shared: one for all layers, N = 49152·d³ instead of 73728·d³; none: plain
+    layer norms. By default own, and none for raster."""
+    qk_norm: bool | None = None
     """Unit-length queries and keys with a learned scale per head."""
     label_drop: float = 0.1
     """Share of training images whose class is hidden, for guidance."""

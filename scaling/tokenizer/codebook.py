@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scaling.tokenizer.quantizer import MultiScaleQuantizer, nearest_codes
+from scaling.tokenizer.quantizer import Quantizer, nearest_codes
 
 _SEEDING, _REVIVAL = 0x5EED, 0x4E3
 KMEANS_ROUNDS = 6
@@ -67,7 +67,7 @@ def kmeans(vectors_NC: Tensor, count: int, *key: int) -> Tensor:
 
 
 @torch.no_grad()
-def seeded_codebook(quantizer: MultiScaleQuantizer, f_BCHW: Tensor, seed: int) -> Tensor:
+def seeded_codebook(quantizer: Quantizer, f_BCHW: Tensor, seed: int) -> Tensor:
     """A codebook (V, C) fitted to the residuals of every scale of the features of real images.
 
     Each scale gets V/K codes (the finest the remainder), fitted to the residuals that the codes of the
@@ -81,7 +81,7 @@ def seeded_codebook(quantizer: MultiScaleQuantizer, f_BCHW: Tensor, seed: int) -
         vectors_NC = quantizer.vectors(k, residual_BCHW)
         book_MC = torch.cat([book_MC, kmeans(vectors_NC, share, _SEEDING, seed, k)])
         if k < len(sizes) - 1:
-            residual_BCHW = residual_BCHW - quantizer.quantized(k, vectors_NC, book_MC)
+            residual_BCHW = quantizer.left_over(k, residual_BCHW, vectors_NC, book_MC)
     return book_MC
 
 

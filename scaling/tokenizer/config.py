@@ -29,7 +29,12 @@ def check_betas(betas: tuple[float, float], name: str) -> None:
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """A multi-scale residual VQVAE (VAR algorithms 1 and 2)."""
+    """A VQVAE with tokens of several sizes.
+
+    residual: every scale quantises what the scales before it left over (VAR algorithms 1 and 2).
+    scalable: every scale quantises the latent by itself (FlexVAR); a model takes any of them that end with
+    the last, and one scale alone is a plain VQVAE.
+    """
 
     vocab: int = 4096
     latent_channels: int = 32
@@ -47,6 +52,10 @@ class TokenizerConfig:
     phi_ratio: float = 0.5
     beta: float = 0.25
     """Weight of the commitment term beside the codebook term."""
+    quantizer: Literal["residual", "scalable"] = field(default="residual", metadata={"added": True})
+    """residual, or scalable: without φ, codes of unit length, quant convolutions 1×1 instead of 3×3."""
+    z_channels: int | None = field(default=None, metadata={"added": True})
+    """Channels between encoder and quant convolution, and back; None for ``latent_channels``."""
 
     def __post_init__(self) -> None:
         require(2 <= self.vocab <= 65536, f"tokenizer.vocab must be 2 to 65536 (uint16), got {self.vocab}")
@@ -68,7 +77,20 @@ class TokenizerConfig:
         )
         require(0.0 <= self.phi_ratio <= 1.0, f"tokenizer.phi_ratio must be 0 to 1, got {self.phi_ratio}")
         require(self.phis >= 0, f"tokenizer.phis must be 0 or more, got {self.phis}")
+        require(
+            self.latent_channels >= 1,
+            f"tokenizer.latent_channels must be at least 1, got {self.latent_channels}",
+        )
+        require(
+            self.z_channels is None or self.z_channels >= 1,
+            f"tokenizer.z_channels must be at least 1, got {self.z_channels}",
+        )
         require(self.res_blocks >= 1, f"tokenizer.res_blocks must be at least 1, got {self.res_blocks}")
+
+    @property
+    def z_width(self) -> int:
+        """Channels that the encoder gives and the decoder takes."""
+        return self.latent_channels if self.z_channels is None else self.z_channels
 
     @property
     def downsampling(self) -> int:

@@ -123,7 +123,7 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Images (B, 3, H, W) to features (B, latent_channels, H/f, W/f), f = config.downsampling."""
+    """Images (B, 3, H, W) to features (B, z_width, H/f, W/f), f = config.downsampling."""
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
@@ -137,7 +137,7 @@ class Encoder(nn.Module):
             self.down.append(Level([channels] + [width] * config.res_blocks, groups, i == last, resize))
             channels = width
         self.mid = Middle(channels, groups)
-        self.norm_out, self.conv_out = _norm(channels, groups), _conv3(channels, config.latent_channels)
+        self.norm_out, self.conv_out = _norm(channels, groups), _conv3(channels, config.z_width)
 
     def forward(self, images_B3HW: Tensor) -> Tensor:
         h_BCHW = self.conv_in(images_B3HW)
@@ -148,14 +148,14 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Features (B, latent_channels, H, W) to images (B, 3, H·f, W·f); the mirror of ``Encoder``."""
+    """Features (B, z_width, H, W) to images (B, 3, H·f, W·f); the mirror of ``Encoder``."""
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
         widths, groups = [config.channels * m for m in config.multipliers], config.norm_groups
         last = len(widths) - 1
         channels = widths[-1]
-        self.conv_in = _conv3(config.latent_channels, channels)
+        self.conv_in = _conv3(config.z_width, channels)
         self.mid = Middle(channels, groups)
         self.up = nn.ModuleList()
         for i, width in reversed(list(enumerate(widths))):

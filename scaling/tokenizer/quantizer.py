@@ -1,7 +1,11 @@
-"""Multi-scale residual quantisation (VAR algorithms 1 and 2).
+"""What every quantiser offers, and multi-scale residual quantisation (VAR algorithms 1 and 2).
 
 Design choices
-- One codebook for all scales. Scale k quantises what the scales before it left over: the
+- Models, sampling and the token cache know the interface, ``Quantizer``, only: tokens of all steps coarse
+  to fine, the inputs that teacher forcing gives, and the same inputs step by step while sampling.
+- ``sizes`` are the steps (h, w) of one image; None means the tokenizer's own scales. Whatever was trained
+  serves other schedules, rectangular ones too.
+- Residual: one codebook for all scales. Scale k quantises what the scales before it left over: the
   residual, area-averaged to the scale's size, to the nearest code; the codes, upsampled
   (bicubic) and smoothed by φ_k, are then taken off the residual and added to f_hat.
 - The last scale has the latent's size and is resized neither down nor up.
@@ -9,7 +13,6 @@ Design choices
   evenly spread ticks to k/(K − 1); the four shared ones of the published model have ticks of
   their own, 1/12 … 11/12.
 - Quantisation runs in float32 whatever autocast says: a token is an argmin over distances.
-- ``sizes`` lets the trained φ and codebook serve other schedules, rectangular ones too.
 
 Shapes: B batch, C latent channels, H W the latent's sides, h w one scale's, L = Σ h·w tokens,
 l one scale's tokens, N vectors, V codes.
@@ -29,6 +32,104 @@ from scaling.config import TokenizerConfig
 
 Size = tuple[int, int]
 VECTORS_AT_ONCE = 2**16
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What one training forward pass gives.
+
+    ``features`` (B, C, H, W) is what the decoder gets, with the straight-through gradient; ``loss`` the VQ
+    loss; ``tokens`` (B, L) the codes chosen; ``residuals`` per step the vectors (B·h·w, C) that were
+    quantised.
+    """
+
+    features: Tensor
+    loss: Tensor
+    tokens: Tensor
+    residuals: tuple[Tensor, ...]
+
+
+class Quantizer(nn.Module):
+    """Features to tokens of all steps and back; the interface of every quantiser.
+
+    Args:
+        config: vocabulary, latent channels, scales.
+    """
+
+    embedding: nn.Embedding
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.sizes: tuple[Size, ...] = tuple((s, s) for s in config.scales)
+
+    def encode(self, f_BCHW: Tensor, sizes: Sequence[Size] | None = None) -> Tensor:
+        """The tokens (B, L) int64 of features, coarse to fine."""
+        raise NotImplementedError
+
+    def codes(self, tokens: Tensor) -> Tensor:
+        """Codebook vectors of tokens of any shape: (..., C)."""
+        raise NotImplementedError
+
+    def advance(
+        self, k: int, state_BCHW: Tensor, codes_BChw: Tensor, sizes: Sequence[Size] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Take in the codes of step k, while sampling.
+
+        Returns:
+            the new state (B, C, H, W), a latent of the last size, and the transformer's next input
+            (B, C, h, w) of the next step's size, or None after the last step.
+        """
+        raise NotImplementedError
+
+    def cumulative_features(self, tokens_BL: Tensor, sizes: Sequence[Size] | None = None) -> list[Tensor]:
+        """Per step, what the decoder gets when the tokens end there; the last is ``features``."""
+        raise NotImplementedError
+
+    def forward(self, f_BCHW: Tensor) -> Quantized:
+        """Quantise with gradients."""
+        raise NotImplementedError
+
+    def vectors(self, k: int, f_BCHW: Tensor) -> Tensor:
+        """What step k quantises of features that the steps before it left over: vectors (B·h·w, C)."""
+        raise NotImplementedError
+
+    def left_over(self, k: int, f_BCHW: Tensor, vectors_NC: Tensor, codebook_VC: Tensor) -> Tensor:
+        """The features (B, C, H, W) that steps after k quantise, when k quantised with another codebook."""
+        raise NotImplementedError
+
+    def start(self, batch: int, sizes: Sequence[Size] | None = None) -> Tensor:
+        """The state before the first step: zeros (B, C, H, W) of the last size."""
+        side = (sizes or self.sizes)[-1]
+        weight = self.embedding.weight
+        return weight.new_zeros(batch, self.config.latent_channels, *side, dtype=torch.float32)
+
+    def features(self, tokens_BL: Tensor, sizes: Sequence[Size] | None = None) -> Tensor:
+        """What the decoder makes an image of (B, C, H, W), from all steps' tokens."""
+        return self.cumulative_features(tokens_BL, sizes)[-1]
+
+    def teacher_inputs(self, tokens_BL: Tensor, sizes: Sequence[Size] | None = None) -> Tensor:
+        """The transformer's inputs for steps 2 … K under teacher forcing: (B, L − first, C) float32.
+
+        Position by position what ``advance`` gives as the next input; none stands on the last step's tokens.
+        """
+        inputs = [tokens_BL.new_zeros(len(tokens_BL), 0, self.config.latent_channels, dtype=torch.float32)]
+        with torch.autocast(tokens_BL.device.type, enabled=False):
+            for next_BChw in self._inputs(tokens_BL, sizes or self.sizes):
+                inputs.append(next_BChw.flatten(2).mT)
+        return torch.cat(inputs, dim=1)
+
+    def _inputs(self, tokens_BL: Tensor, sizes: Sequence[Size]) -> Iterator[Tensor]:
+        """The inputs (B, C, h, w) of steps 2 … K."""
+        raise NotImplementedError
+
+    def _codes_by_step(self, tokens_BL: Tensor, sizes: Sequence[Size]) -> Iterator[Tensor]:
+        """Each step's codes (B, C, h, w)."""
+        counts = [h * w for h, w in sizes]
+        if tokens_BL.shape[1] != sum(counts):
+            raise ValueError(f"expected {sum(counts)} tokens per image, got {tokens_BL.shape[1]}")
+        for size, tokens_Bl in zip(sizes, tokens_BL.split(counts, dim=1), strict=True):
+            yield self.codes(tokens_Bl).mT.unflatten(2, size)
 
 
 class Phi(nn.Conv2d):
@@ -91,31 +192,15 @@ def nearest_tick(count: int, position: float) -> int:
     return int(np.argmin(np.abs(ticks - position)))
 
 
-@dataclass(frozen=True)
-class Quantized:
-    """What one training forward pass gives.
-
-    ``features`` (B, C, H, W) is f_hat with the straight-through gradient; ``loss`` the VQ loss; ``tokens``
-    (B, L) the codes chosen; ``residuals`` per scale the vectors (B·h·w, C) that were quantised.
-    """
-
-    features: Tensor
-    loss: Tensor
-    tokens: Tensor
-    residuals: tuple[Tensor, ...]
-
-
-class MultiScaleQuantizer(nn.Module):
-    """Features to tokens of all scales and back.
+class MultiScaleQuantizer(Quantizer):
+    """Residual: every scale adds to f_hat what the scales before it left over.
 
     Args:
         config: vocabulary, latent channels, scales, φ and β.
     """
 
     def __init__(self, config: TokenizerConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.sizes: tuple[Size, ...] = tuple((s, s) for s in config.scales)
+        super().__init__(config)
         channels, ratio = config.latent_channels, config.phi_ratio
         self.quant_resi: SharedPhi | TickedPhis | OwnPhis
         if config.phis == 1:
@@ -146,36 +231,38 @@ class MultiScaleQuantizer(nn.Module):
 
     # -- features ----------------------------------------------------------------------------
 
-    def advance(self, k: int, f_hat_BCHW: Tensor, codes_BChw: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Add scale k's codes to ``f_hat`` (one step of VAR algorithm 2, used while sampling).
+    def advance(
+        self, k: int, state_BCHW: Tensor, codes_BChw: Tensor, sizes: Sequence[Size] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Add scale k's codes to f_hat (one step of VAR algorithm 2).
 
         Returns:
-            the new f_hat (B, C, H, W), and it area-averaged to the next scale's size (the
-            transformer's next input), or None after the last scale.
+            the new f_hat (B, C, H, W), and it area-averaged to the next scale's size, or None after the
+            last scale.
         """
-        last = len(self.sizes) - 1
-        f_hat_BCHW = f_hat_BCHW + self._contribution(k, codes_BChw, self.sizes)
-        return f_hat_BCHW, None if k == last else F.interpolate(f_hat_BCHW, self.sizes[k + 1], mode="area")
+        sizes = sizes or self.sizes
+        f_hat_BCHW = state_BCHW + self._contribution(k, codes_BChw, sizes)
+        if k == len(sizes) - 1:
+            return f_hat_BCHW, None
+        return f_hat_BCHW, F.interpolate(f_hat_BCHW, sizes[k + 1], mode="area")
 
-    def cumulative_features(self, tokens_BL: Tensor) -> list[Tensor]:
+    def cumulative_features(self, tokens_BL: Tensor, sizes: Sequence[Size] | None = None) -> list[Tensor]:
         """f_hat (B, C, H, W) after each scale; the last is ``features``."""
-        return [f_hat_BCHW for f_hat_BCHW, _ in self._replay(self._by_scale(tokens_BL))]
+        return [f_hat_BCHW for f_hat_BCHW, _ in self._replay(tokens_BL, sizes or self.sizes)]
 
-    def features(self, tokens_BL: Tensor) -> Tensor:
-        """f_hat (B, C, H, W) of all scales' tokens (VAR algorithm 2)."""
-        return self.cumulative_features(tokens_BL)[-1]
-
-    def teacher_inputs(self, tokens_BL: Tensor) -> Tensor:
-        """The transformer's inputs for scales 2 … K under teacher forcing: (B, L − first², C) float32.
-
-        Position by position, the cumulative f_hat of the scales before, area-averaged to the scale's size.
-        """
-        inputs = [tokens_BL.new_zeros(len(tokens_BL), 0, self.config.latent_channels, dtype=torch.float32)]
-        # No input stands on the last scale's tokens.
-        for _, next_BChw in self._replay(self._by_scale(tokens_BL)[:-1]):
+    def _inputs(self, tokens_BL: Tensor, sizes: Sequence[Size]) -> Iterator[Tensor]:
+        steps = self._replay(tokens_BL, sizes)
+        for _ in sizes[1:]:
+            _, next_BChw = next(steps)
             assert next_BChw is not None
-            inputs.append(next_BChw.flatten(2).mT)
-        return torch.cat(inputs, dim=1)
+            yield next_BChw
+
+    def _replay(self, tokens_BL: Tensor, sizes: Sequence[Size]) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Per scale, what ``advance`` returns."""
+        f_hat_BCHW = self.start(len(tokens_BL), sizes)
+        for k, codes_BChw in enumerate(self._codes_by_step(tokens_BL, sizes)):
+            f_hat_BCHW, next_BChw = self.advance(k, f_hat_BCHW, codes_BChw, sizes)
+            yield f_hat_BCHW, next_BChw
 
     # -- training ----------------------------------------------------------------------------
 
@@ -199,18 +286,17 @@ class MultiScaleQuantizer(nn.Module):
             straight_BCHW = (f_hat_BCHW.detach() - target_BCHW) + f_BCHW
         return Quantized(straight_BCHW, loss / len(self.sizes), torch.cat(tokens, dim=1), tuple(residuals))
 
-    def vectors(self, k: int, residual_BCHW: Tensor) -> Tensor:
+    def vectors(self, k: int, f_BCHW: Tensor) -> Tensor:
         """What scale k quantises of a residual: vectors (B·h·w, C)."""
-        return _vectors(residual_BCHW, self.sizes[k])
+        return vectors_of_size(f_BCHW, self.sizes[k])
 
-    def quantized(self, k: int, vectors_NC: Tensor, codebook_VC: Tensor) -> Tensor:
-        """What scale k adds to f_hat (B, C, H, W) when it quantises ``vectors_NC`` with another codebook."""
+    def left_over(self, k: int, f_BCHW: Tensor, vectors_NC: Tensor, codebook_VC: Tensor) -> Tensor:
+        """The residual without what scale k adds to f_hat when it quantises ``vectors_NC``."""
         codes_NC = codebook_VC[nearest_codes(vectors_NC, codebook_VC)]
-        h, w = self.sizes[k]
-        codes_BChw = codes_NC.view(-1, h, w, codes_NC.shape[1]).permute(0, 3, 1, 2)
-        return self._contribution(k, codes_BChw, self.sizes)
+        codes_BChw = codes_NC.unflatten(0, (-1, *self.sizes[k])).permute(0, 3, 1, 2)
+        return f_BCHW - self._contribution(k, codes_BChw, self.sizes)
 
-    # -- the two walks over the scales ---------------------------------------------------------
+    # -- the walk of encoding --------------------------------------------------------------------
 
     def _residual_steps(
         self, f_BCHW: Tensor, sizes: Sequence[Size]
@@ -221,29 +307,12 @@ class MultiScaleQuantizer(nn.Module):
             raise ValueError(f"the last scale is {sizes[-1]} but the features are {(H, W)}")
         residual_BCHW = f_BCHW.detach().float()
         for k, (h, w) in enumerate(sizes):
-            vectors_NC = _vectors(residual_BCHW, (h, w))
+            vectors_NC = vectors_of_size(residual_BCHW, (h, w))
             tokens_N = nearest_codes(vectors_NC, self.embedding.weight)
             codes_BChw = self.codes(tokens_N.view(B, h, w)).permute(0, 3, 1, 2)
             h_BCHW = self._contribution(k, codes_BChw, sizes)
             residual_BCHW = residual_BCHW - h_BCHW.detach()
             yield tokens_N.view(B, h * w), vectors_NC, h_BCHW
-
-    def _by_scale(self, tokens_BL: Tensor) -> tuple[Tensor, ...]:
-        """Each scale's tokens (B, h·w)."""
-        counts = [h * w for h, w in self.sizes]
-        if tokens_BL.shape[1] != sum(counts):
-            raise ValueError(f"expected {sum(counts)} tokens per image, got {tokens_BL.shape[1]}")
-        return tokens_BL.split(counts, dim=1)
-
-    def _replay(self, tokens: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Per scale, from the tokens (B, h·w) of the first scales: what ``advance`` returns."""
-        f_hat_BCHW = self.embedding.weight.new_zeros(
-            1, self.config.latent_channels, *self.sizes[-1], dtype=torch.float32
-        )
-        for k, tokens_Bl in enumerate(tokens):
-            codes_BChw = self.codes(tokens_Bl).mT.unflatten(2, self.sizes[k])
-            f_hat_BCHW, next_BChw = self.advance(k, f_hat_BCHW, codes_BChw)
-            yield f_hat_BCHW, next_BChw
 
     def _contribution(self, k: int, codes_BChw: Tensor, sizes: Sequence[Size]) -> Tensor:
         """φ_k of scale k's codes, upsampled to the latent's size unless it is the last scale."""
@@ -255,11 +324,11 @@ class MultiScaleQuantizer(nn.Module):
         return out_BCHW
 
 
-def _vectors(residual_BCHW: Tensor, size: Size) -> Tensor:
-    """The residual area-averaged to a scale's size, as vectors (B·h·w, C)."""
-    if residual_BCHW.shape[2:] != size:
-        residual_BCHW = F.interpolate(residual_BCHW, size, mode="area")
-    return residual_BCHW.permute(0, 2, 3, 1).reshape(-1, residual_BCHW.shape[1])
+def vectors_of_size(f_BCHW: Tensor, size: Size) -> Tensor:
+    """Features area-averaged to a step's size, as vectors (B·h·w, C)."""
+    if f_BCHW.shape[2:] != size:
+        f_BCHW = F.interpolate(f_BCHW, size, mode="area")
+    return f_BCHW.permute(0, 2, 3, 1).reshape(-1, f_BCHW.shape[1])
 
 
 @torch.no_grad()

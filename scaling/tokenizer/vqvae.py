@@ -1,8 +1,12 @@
 """The tokenizer: images to tokens of all scales and back, and its folder on disk.
 
 Design choices
-- State-dict keys are those of the published checkpoint (without ``ema_vocab_hit_SV``, a statistic
+- Which quantiser stands in the middle is the config's; everything around it is the same, but for the
+  quant convolutions: 3×3 around the residual one (as VAR's), 1×1 around the scalable one (as LlamaGen's).
+- State-dict keys are those of VAR's published checkpoint (without ``ema_vocab_hit_SV``, a statistic
   of its training).
+- ``sizes`` are other steps than the config's. Residual ones end at the latent's size; scalable ones may be
+  any that are no larger, and the images any whose sides are multiples of the downsampling.
 - The content hash is of the configuration and every weight's bytes, so a token cache can say
   exactly which tokenizer made it. It is computed, never stored on the object, and checked on load.
 
@@ -15,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +28,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from scaling.config import ConfigError, TokenizerConfig, from_dict, to_dict
+from scaling.config import ConfigError, TokenizerConfig, from_dict, identity, to_dict
 from scaling.records import RecordsError, read_json, write_json
 from scaling.tokenizer.networks import Decoder, Encoder
-from scaling.tokenizer.quantizer import MultiScaleQuantizer, Quantized
+from scaling.tokenizer.quantizer import MultiScaleQuantizer, Quantized, Quantizer, Size
+from scaling.tokenizer.scalable import ScalableQuantizer
 
 FORMAT = "varscale-tokenizer-1"
 
 
 class Tokenizer(nn.Module):
-    """A multi-scale VQVAE. Images are (B, 3, H, W) in [−1, 1]; tokens (B, L) run coarse to fine.
+    """A VQVAE with tokens of several sizes: images (B, 3, H, W) in [−1, 1], tokens (B, L) coarse to fine.
 
     Args:
         config: its shape; ``config.scales`` must end at the latent's side, H / config.downsampling.
@@ -43,9 +49,11 @@ class Tokenizer(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        self.quantize = MultiScaleQuantizer(config)
-        self.quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 3, padding=1)
-        self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 3, padding=1)
+        scalable = config.quantizer == "scalable"
+        self.quantize: Quantizer = ScalableQuantizer(config) if scalable else MultiScaleQuantizer(config)
+        kernel = 1 if scalable else 3
+        self.quant_conv = nn.Conv2d(config.z_width, config.latent_channels, kernel, padding=kernel // 2)
+        self.post_quant_conv = nn.Conv2d(config.latent_channels, config.z_width, kernel, padding=kernel // 2)
 
     @property
     def resolution(self) -> int:
@@ -55,7 +63,7 @@ class Tokenizer(nn.Module):
     @property
     def content_hash(self) -> str:
         """SHA-256 (hex) of the configuration and the weights as they are now."""
-        digest = hashlib.sha256(json.dumps(to_dict(self.config), sort_keys=True).encode())
+        digest = hashlib.sha256(json.dumps(identity(self.config), sort_keys=True).encode())
         for name, value in sorted(self.state_dict().items()):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
             digest.update(value.detach().cpu().contiguous().numpy().tobytes())
@@ -67,19 +75,23 @@ class Tokenizer(nn.Module):
         return features_BCHW
 
     @torch.no_grad()
-    def encode(self, images_B3HW: Tensor) -> Tensor:
+    def encode(self, images_B3HW: Tensor, sizes: Sequence[Size] | None = None) -> Tensor:
         """Tokens (B, L) int64 of images.
 
+        Args:
+            images_B3HW: in [−1, 1].
+            sizes: other steps (h, w) than the config's.
+
         Raises:
-            ConfigError: the images do not have the tokenizer's resolution.
+            ConfigError: images of a shape that this tokenizer, or these sizes, are not for.
         """
-        self._check(images_B3HW)
-        return self.quantize.encode(self.encode_features(images_B3HW))
+        self._check(images_B3HW, sizes)
+        return self.quantize.encode(self.encode_features(images_B3HW), sizes)
 
     @torch.no_grad()
-    def decode(self, tokens_BL: Tensor) -> Tensor:
-        """Images (B, 3, H, W), clamped to [−1, 1], of tokens."""
-        return self.decode_features(self.quantize.features(tokens_BL)).clamp(-1, 1)
+    def decode(self, tokens_BL: Tensor, sizes: Sequence[Size] | None = None) -> Tensor:
+        """Images (B, 3, H, W), clamped to [−1, 1], of tokens of the config's steps or of ``sizes``."""
+        return self.decode_features(self.quantize.features(tokens_BL, sizes)).clamp(-1, 1)
 
     def decode_features(self, f_hat_BCHW: Tensor) -> Tensor:
         """Images (B, 3, H, W), not clamped, of quantised features."""
@@ -92,19 +104,30 @@ class Tokenizer(nn.Module):
         Args:
             quantise: False reconstructs from the encoder's own features, as a plain autoencoder.
         """
-        self._check(images_B3HW)
+        self._check(images_B3HW, None)
         features_BCHW = self.encode_features(images_B3HW)
         if not quantise:
             return self.decode_features(features_BCHW), None
         quantized: Quantized = self.quantize(features_BCHW)
         return self.decode_features(quantized.features), quantized
 
-    def _check(self, images_B3HW: Tensor) -> None:
-        side = self.resolution
-        if images_B3HW.shape[1:] != (3, side, side):
+    def _check(self, images_B3HW: Tensor, sizes: Sequence[Size] | None) -> None:
+        steps, factor, shape = sizes or self.quantize.sizes, self.config.downsampling, images_B3HW.shape[1:]
+        name = f"tokenizer of scales {list(self.config.scales)} and downsampling {factor}"
+        if self.config.quantizer == "scalable":
+            h, w = (max(sides) for sides in zip(*steps, strict=True))
+            fits = shape[0] == 3 and all(side % factor == 0 for side in shape[1:])
+            if not fits or shape[1] < h * factor or shape[2] < w * factor:
+                raise ConfigError(
+                    f"{name} takes images of shape (3, height, width) whose sides are multiples of {factor} "
+                    f"and at least {h * factor} and {w * factor} for these steps, got {tuple(shape)}"
+                )
+            return
+        h, w = steps[-1]
+        if shape != (3, h * factor, w * factor):
             raise ConfigError(
-                f"tokenizer of scales {list(self.config.scales)} and downsampling {self.config.downsampling} "
-                f"takes images of shape (3, {side}, {side}), got {tuple(images_B3HW.shape[1:])}"
+                f"{name} takes images of shape {(3, h * factor, w * factor)}"
+                f"{f' for steps that end at {(h, w)}' if sizes else ''}, got {tuple(shape)}"
             )
 
 

@@ -30,7 +30,7 @@ IMAGES = 50_000
 
 
 def model(depth: int, shared: bool = False) -> ModelConfig:
-    return ModelConfig.from_depth(depth, scales=SCALES, vocab=512, shared_adaln=shared)
+    return ModelConfig.from_depth(depth, scales=SCALES, vocab=512, adaln="shared" if shared else "own")
 
 
 def runs_of(

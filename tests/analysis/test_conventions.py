@@ -37,7 +37,7 @@ L = sum(s * s for s in SCALES)
 def table(shared: bool = False) -> tuple[pd.DataFrame, dict[str, dict[str, Any]]]:
     rows, costs = [], {}
     for d in range(1, 7):
-        model = ModelConfig.from_depth(d, scales=SCALES, vocab=512, shared_adaln=shared)
+        model = ModelConfig.from_depth(d, scales=SCALES, vocab=512, adaln="shared" if shared else "own")
         costs[f"d{d}"] = costs_of(model)
         for images in (1_000, 10_000, 100_000):
             N, D = params(model), images * L

@@ -45,3 +45,15 @@ def weights(name: str) -> dict[str, torch.Tensor]:
         key: value.float() * 2.0 ** -exponents[key] if key in exponents else value
         for key, value in tensors(name).items()
     }
+
+
+def published_shapes(file: str) -> dict[str, torch.Tensor]:
+    """Keys of a published checkpoint with empty tensors of its shapes (``keys/``)."""
+    state = {}
+    for line in (FOLDER / "keys" / file).read_text().splitlines():
+        if not line.startswith("#"):
+            key, shape, *_ = line.split("\t")
+            state[key] = torch.empty(
+                [int(n) for n in shape.strip("()").split(",") if n.strip()], device="meta"
+            )
+    return state

@@ -13,7 +13,7 @@ from scaling.config import ModelConfig, TokenizerConfig, TrainConfig
 from scaling.draws import step_draws
 from scaling.families.var import VAR
 from scaling.generation import keep_top, sample_tokens
-from scaling.pretrained import published_var_name, var_from_published
+from scaling.pretrained import published_name, transformer_from_published
 from scaling.tokenizer.vqvae import Tokenizer
 from scaling.trainer import decay_groups
 
@@ -27,13 +27,13 @@ SCALES = (1, 2, 3, 4)
 def config(variant: str) -> ModelConfig:
     return ModelConfig.from_depth(
         2, vocab=64, latent_channels=8, scales=SCALES, num_classes=10,
-        shared_adaln=variant == "saln", qk_norm=variant != "nol2",
+        adaln="shared" if variant == "saln" else "own", qk_norm=variant != "nol2",
     )  # fmt: skip
 
 
 def load(variant: str) -> VAR:
     model = VAR(config(variant)).eval()
-    model.load_state_dict(var_from_published(reference.weights(f"var_{variant}_weights.safetensors")))
+    model.load_state_dict(transformer_from_published(reference.weights(f"var_{variant}_weights.safetensors")))
     return model
 
 
@@ -76,7 +76,7 @@ def test_gradient_norms(variant: str, vae: dict[str, torch.Tensor]) -> None:
     parameters = dict(model.named_parameters())
     assert len(facts["grad_norms_mean_ce"]) == len(parameters)
     for key, norm in facts["grad_norms_mean_ce"].items():
-        name = published_var_name(key)
+        name = published_name(key)
         assert name is not None
         gradient = parameters[name].grad
         assert gradient is not None
@@ -122,7 +122,7 @@ def test_no_decay_group_is_the_published_one(variant: str) -> None:
     model, facts = load(variant), reference.metadata(f"var_{variant}_io.safetensors")
     names = {id(p): n for n, p in model.named_parameters()}
     spared = {names[id(p)] for g in decay_groups(model) if g["decay"] == 0.0 for p in g["params"]}
-    assert spared == {published_var_name(key) for key in facts["no_weight_decay_params"]}
+    assert spared == {published_name(key) for key in facts["no_weight_decay_params"]}
 
 
 def test_top_k_and_top_p() -> None:
@@ -165,23 +165,16 @@ def test_published_parameter_counts() -> None:
         ("var_d16_256_nol2.txt", {"depth": 16, "qk_norm": False}),
         (
             "var_d36s_512.txt",
-            {"depth": 36, "shared_adaln": True, "scales": (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)},
+            {"depth": 36, "adaln": "shared", "scales": (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)},
         ),
     ],
 )
 def test_published_keys_and_shapes(file: str, options: dict[str, object]) -> None:
-    lines = (reference.FOLDER / "keys" / file).read_text().splitlines()
-    state = {}
-    for line in lines:
-        if line.startswith("#"):
-            continue
-        key, shape, *_ = line.split("\t")
-        size = [int(n) for n in shape.strip("()").split(",") if n.strip()]
-        state[key] = torch.empty(size, device="meta")
+    state = reference.published_shapes(file)
     with torch.device("meta"):
         model = VAR(ModelConfig.from_depth(**options))  # type: ignore[arg-type]
     wanted = {name: value.shape for name, value in model.state_dict().items()}
-    assert {name: value.shape for name, value in var_from_published(state).items()} == wanted
+    assert {name: value.shape for name, value in transformer_from_published(state).items()} == wanted
 
 
 def test_label_drop_has_the_published_rate() -> None:

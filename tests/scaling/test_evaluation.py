@@ -51,10 +51,11 @@ def test_a_part_of_the_images_is_spread_over_all(monkeypatch: pytest.MonkeyPatch
         process_index=0, num_processes=1, device=torch.device("cpu"), autocast=contextlib.nullcontext
     )
     torch.manual_seed(0)
-    model = VAR(ModelConfig.from_depth(1, vocab=8, latent_channels=4, scales=SCALES, num_classes=2))
+    config = ModelConfig.from_depth(1, vocab=8, latent_channels=4, scales=SCALES, num_classes=2)
+    model = VAR(config)
     quantizer = MultiScaleQuantizer(TokenizerConfig(vocab=8, latent_channels=4, scales=SCALES))
     found = evaluate(
-        model, quantizer, split, accelerator, family="var", scales=SCALES, images=7, batch=3  # type: ignore[arg-type]
+        model, config, quantizer, split, accelerator, cached=SCALES, images=7, batch=3  # type: ignore[arg-type]
     )  # fmt: skip
     assert asked == [0, 14, 28, 42, 57, 71, 85]
     assert found.loss_nK.shape == (7, 3)

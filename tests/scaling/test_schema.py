@@ -22,11 +22,14 @@ from scaling.config import (
     TrainConfig,
     content_hash,
     from_dict,
+    identity,
     to_dict,
 )
 from tests.scaling import tiny
 
 RUN = tiny.run_config()
+OLD_HASH = "3e35ae7f2fd319d695cab910af66b054962b760ad6a6f0e16171455796b92551"
+"""Of the default tokenizer, before it could be scalable."""
 
 
 def test_a_run_survives_json_unchanged() -> None:
@@ -151,3 +154,11 @@ def test_one_dial() -> None:
         assert (model.width, model.heads) == (64 * depth, depth)
         assert model.drop_path == pytest.approx(0.1 * depth / 24)
         assert model.seq_len == 680
+
+
+def test_a_field_that_came_later_leaves_older_hashes_alone() -> None:
+    assert not {"quantizer", "z_channels"} & identity(TokenizerConfig()).keys()
+    assert content_hash(TokenizerConfig()) == OLD_HASH
+    scalable = TokenizerConfig(quantizer="scalable")
+    assert identity(scalable)["quantizer"] == "scalable"
+    assert from_dict(TokenizerConfig, to_dict(scalable)) == scalable

@@ -101,7 +101,7 @@ def test_a_run_leaves_its_records(unbroken: RunFolder) -> None:
     assert status["peak_memory"] > 0
     assert (unbroken.path / "samples.png").stat().st_size > 0
     costs = unbroken.costs()
-    assert costs == flops.costs(config.model)
+    assert costs == flops.costs(config)
     assert last["flops"] == 160 * sum(costs["flops_per_image"].values())
     assert last["params_total"] == sum(costs["params"].values())
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from scaling.config import ModelConfig
-from scaling.families.var import MAX_LOG_SCALE, VAR
+from scaling.families.var import VAR
+from scaling.layers.block import MAX_LOG_SCALE, Block
 from scaling.trainer import decay_groups
 
 SCALES = (1, 2, 3)
@@ -27,8 +30,8 @@ def batch(count: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.tensor([0, 3, 5])[:count], torch.randn(count, 13, 8, generator=generator)
 
 
-@pytest.mark.parametrize("options", [{}, {"shared_adaln": True}, {"qk_norm": False}])
-def test_attention_back_ends_agree_with_gradients(options: dict[str, bool]) -> None:
+@pytest.mark.parametrize("options", [{}, {"adaln": "shared"}, {"adaln": "none"}, {"qk_norm": False}])
+def test_attention_back_ends_agree_with_gradients(options: dict[str, Any]) -> None:
     network, (labels, inputs) = model(**options), batch()
     results = []
     for backend in ("masked", "blockwise"):
@@ -44,16 +47,16 @@ def test_attention_back_ends_agree_with_gradients(options: dict[str, bool]) -> N
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("options", [{}, {"shared_adaln": True}, {"qk_norm": False}])
-def test_cached_steps_equal_teacher_forcing(options: dict[str, bool]) -> None:
+@pytest.mark.parametrize("options", [{}, {"adaln": "shared"}, {"adaln": "none"}, {"qk_norm": False}])
+def test_cached_steps_equal_teacher_forcing(options: dict[str, Any]) -> None:
     network, (labels, inputs) = model(**options), batch()
     with torch.no_grad():
         expected = network(labels, inputs)
-        cond, caches = network.begin(labels)
+        decoding = network.begin(labels)
         parts, start = [], 0
         for scale, side in enumerate(SCALES):
             given = None if scale == 0 else inputs[:, start - 1 : start - 1 + side * side]
-            parts.append(network.extend(scale, cond, caches, given))
+            parts.append(network.extend(decoding, given))
             start += side * side
     torch.testing.assert_close(torch.cat(parts, dim=1), expected, atol=1e-4, rtol=1e-4)
 
@@ -106,14 +109,14 @@ def test_published_initialisation() -> None:
     network.requires_grad_(False)
     std = (1 / (3 * 256)) ** 0.5
     block = network.blocks[0]
-    assert isinstance(block.qkv.weight, torch.Tensor)
-    assert block.qkv.weight.std() == pytest.approx(std, rel=0.02)
+    assert isinstance(block, Block)
+    assert block.mixer.qkv.weight.std() == pytest.approx(std, rel=0.02)
     assert network.class_embedding.weight.std() == pytest.approx(std, rel=0.02)
-    assert network.head.weight.std() == pytest.approx(0.02 * std, rel=0.02)
-    assert block.attention_out.weight.std() == pytest.approx(std / 8**0.5, rel=0.02)
+    assert network.head.to_vocab.weight.std() == pytest.approx(0.02 * std, rel=0.02)
+    assert block.mixer.out.weight.std() == pytest.approx(std / 8**0.5, rel=0.02)
     assert block.adaln.weight[: 2 * 256].std() == pytest.approx(1e-5 * std, rel=0.02)
     assert block.adaln.weight[2 * 256 :].std() == pytest.approx(0.5 * std, rel=0.02)
-    torch.testing.assert_close(block.qk_log_scale.detach().exp(), torch.full((4,), 4.0))
+    torch.testing.assert_close(block.mixer.log_scale.detach().exp(), torch.full((4,), 4.0))
     assert not block.adaln.bias.any()
 
 
@@ -121,24 +124,24 @@ def test_the_scale_of_attention_is_clamped_at_100() -> None:
     network, (labels, inputs) = model(), batch()
     with torch.no_grad():
         for block in network.blocks:
-            block.qk_log_scale.fill_(MAX_LOG_SCALE)
+            block.mixer.log_scale.fill_(MAX_LOG_SCALE)
         at_bound = network(labels, inputs)
         for block in network.blocks:
-            block.qk_log_scale.fill_(MAX_LOG_SCALE + 3)
+            block.mixer.log_scale.fill_(MAX_LOG_SCALE + 3)
         assert torch.equal(network(labels, inputs), at_bound)
 
 
 def test_weight_decay_spares_vectors_and_positions() -> None:
-    network = model(shared_adaln=True)
+    network = model(adaln="shared")
     names = {id(p): n for n, p in network.named_parameters()}
     groups = {g["decay"]: {names[id(p)] for p in g["params"]} for g in decay_groups(network)}
     assert {"start_position", "positions", "scale_embedding.weight", "blocks.0.adaln_offset"} <= groups[0.0]
-    assert {"blocks.1.q_bias", "blocks.1.qk_log_scale", "head.bias"} <= groups[0.0]
+    assert {"blocks.1.mixer.q_bias", "blocks.1.mixer.log_scale", "head.to_vocab.bias"} <= groups[0.0]
     assert {
         "class_embedding.weight",
         "token_embedding.weight",
-        "head.weight",
-        "blocks.0.qkv.weight",
+        "head.to_vocab.weight",
+        "blocks.0.mixer.qkv.weight",
     } <= groups[1.0]
     assert groups[0.0] | groups[1.0] == set(names.values())
     assert not groups[0.0] & groups[1.0]

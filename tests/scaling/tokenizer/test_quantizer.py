@@ -73,7 +73,7 @@ def test_tokens_determine_what_training_decodes(scales: tuple[int, ...], phis: i
 def test_sampling_sees_what_teacher_forcing_gave(scales: tuple[int, ...], seed: int) -> None:
     q, f = quantizer(scales, seed=seed), features(scales[-1])
     tokens = q.encode(f)
-    f_hat, inputs = torch.zeros_like(f), []
+    f_hat, inputs = q.start(len(f)), []
     for k, part in enumerate(tokens.split([s * s for s in scales], dim=1)):
         f_hat, following = q.advance(k, f_hat, q.codes(part).mT.unflatten(2, (scales[k], scales[k])))
         assert (following is None) == (k == len(scales) - 1)
@@ -84,6 +84,25 @@ def test_sampling_sees_what_teacher_forcing_gave(scales: tuple[int, ...], seed: 
     assert teacher.shape == (3, sum(s * s for s in scales[1:]), 8)
     assert torch.equal(teacher, expected)
     assert torch.equal(f_hat, q.features(tokens))
+
+
+@given(st.lists(st.tuples(st.integers(1, 4), st.integers(1, 5)), max_size=3), st.integers(0, 9))
+@settings(max_examples=15, deadline=None)
+@torch.no_grad()
+def test_other_steps_than_the_configs_obey_the_same_laws(first: list[tuple[int, int]], seed: int) -> None:
+    sizes = [*first, (4, 5)]
+    q, f = quantizer(seed=seed), torch.randn(2, 8, 4, 5, generator=torch.Generator().manual_seed(seed))
+    tokens = q.encode(f, sizes)
+    f_hat, inputs = q.start(2, sizes), [torch.zeros(2, 0, 8)]
+    cumulative = q.cumulative_features(tokens, sizes)
+    for k, part in enumerate(tokens.split([h * w for h, w in sizes], dim=1)):
+        f_hat, following = q.advance(k, f_hat, q.codes(part).mT.unflatten(2, sizes[k]), sizes)
+        assert torch.equal(f_hat, cumulative[k])
+        if following is not None:
+            assert following.shape[2:] == sizes[k + 1]
+            inputs.append(following.flatten(2).mT)
+    assert torch.equal(q.teacher_inputs(tokens, sizes), torch.cat(inputs, 1))
+    assert torch.equal(q.features(tokens, sizes), f_hat)
 
 
 def test_teacher_inputs_need_no_work_of_the_last_scale(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,6 +46,17 @@ def test_images_of_another_size_are_refused() -> None:
         tokenizer().encode(torch.zeros(1, 3, 32, 32))
 
 
+def test_other_steps_fit_images_of_their_last_size() -> None:
+    model, sizes = tokenizer(), ((1, 1), (2, 3), (4, 6))
+    tokens = model.encode(torch.rand(2, 3, 16, 24), sizes)
+    assert tokens.shape == (2, 31)
+    assert model.decode(tokens, sizes).shape == (2, 3, 16, 24)
+    with pytest.raises(
+        ConfigError, match=r"shape \(3, 16, 24\) for steps that end at \(4, 6\), got \(3, 16, 16"
+    ):
+        model.encode(torch.zeros(1, 3, 16, 16), sizes)
+
+
 def test_encode_and_forward_choose_the_same_tokens() -> None:
     model, images = tokenizer(), torch.rand(3, 3, 16, 16) * 2 - 1
     reconstruction, quantized = model(images)

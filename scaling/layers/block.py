@@ -1,0 +1,193 @@
+"""One layer: a token mixer and an MLP, each behind a layer norm and, with adaLN, a gated residual.
+
+- Where a norm's scale and shift and a branch's gate come from is ``ModelConfig.adaln``: a matrix of the
+  layer's own (``own``), one for all layers plus learned offsets (``shared``), or learned vectors and no
+  gates (``none``: the GPT-2 block, and VAR without adaLN).
+- The mixer is self-attention, or whatever a family brings in its place. How its tokens see each other
+  (``place``) is handed through: the same layer serves teacher forcing and cached sampling.
+
+Shapes: B images, L tokens, H heads, E head width, W width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from scaling.config import ModelConfig
+
+Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+"""From q, k, v (B, H, L, E) and the scale of the scores to what every token gets."""
+Modulation = tuple[Tensor, ...]
+"""γ1, γ2, scale1, scale2, shift1, shift2 of a layer, each (B, 1, W); empty without adaLN."""
+MAX_LOG_SCALE = math.log(100)
+NORM_EPS = 1e-6
+
+
+def layer_norm(x: Tensor) -> Tensor:
+    """Layer norm over the last axis without learned parameters; adaLN brings scale and shift."""
+    return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention; q and k of unit length with a learned scale per head if ``qk_norm``.
+
+    Args:
+        score_scale: of the scores without ``qk_norm``.
+    """
+
+    def __init__(self, config: ModelConfig, score_scale: float) -> None:
+        super().__init__()
+        w = config.width
+        self.heads, self.qk_norm, self.score_scale = config.heads, config.qk_norm, score_scale
+        self.qkv = nn.Linear(w, 3 * w, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(w))
+        self.v_bias = nn.Parameter(torch.zeros(w))  # k has none: softmax is blind to it
+        self.out = nn.Linear(w, w)
+        if config.qk_norm:
+            self.log_scale = nn.Parameter(torch.full((config.heads,), math.log(4.0)))
+
+    def forward(self, x_BLW: Tensor, attend: Attend) -> Tensor:
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        qkv = F.linear(x_BLW, self.qkv.weight, bias).unflatten(-1, (3, self.heads, -1))
+        q_BHLE, k_BHLE, v_BHLE = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        scale = self.score_scale
+        if self.qk_norm:
+            factor_H11 = self.log_scale.clamp_max(MAX_LOG_SCALE).exp()[:, None, None]
+            dtype = v_BHLE.dtype
+            q_BHLE = (F.normalize(q_BHLE, dim=-1) * factor_H11).to(dtype)
+            k_BHLE = F.normalize(k_BHLE, dim=-1).to(dtype)
+            scale = 1.0
+        out_BHLE = attend(q_BHLE, k_BHLE, v_BHLE, scale)
+        out_BLW: Tensor = self.out(out_BHLE.transpose(1, 2).flatten(2))
+        return out_BLW
+
+
+class Block(nn.Module):
+    """One layer around a mixer: a module that maps (x_BLW, place) to (B, L, W) and ends in ``mixer.out``."""
+
+    def __init__(self, config: ModelConfig, mixer: nn.Module) -> None:
+        super().__init__()
+        w = config.width
+        self.kind = config.adaln
+        self.mixer = mixer
+        self.mlp_in = nn.Linear(w, config.mlp_ratio * w)
+        self.mlp_out = nn.Linear(config.mlp_ratio * w, w)
+        if config.adaln == "own":
+            self.adaln = nn.Linear(w, 6 * w)
+        elif config.adaln == "shared":
+            self.adaln_offset = nn.Parameter(torch.randn(6, w) / w**0.5)
+        else:
+            self.norm1 = nn.LayerNorm(w, eps=NORM_EPS)
+            self.norm2 = nn.LayerNorm(w, eps=NORM_EPS)
+
+    def modulation(self, cond: Tensor | None) -> Modulation:
+        """This layer's own, from the condition; it is the same for all tokens of an image.
+
+        Args:
+            cond: the class embedding (B, W); (B, 6, W) from the shared adaLN; None without adaLN.
+        """
+        if cond is None:
+            return ()
+        if self.kind == "own":
+            return self.adaln(F.silu(cond)).unflatten(-1, (6, -1)).unsqueeze(1).unbind(2)
+        return (self.adaln_offset + cond).unsqueeze(1).unbind(2)
+
+    def forward(
+        self, x_BLW: Tensor, modulation: Modulation, place: Any, path_scale_2B: Tensor | None = None
+    ) -> Tensor:
+        """One layer.
+
+        Args:
+            place: what the mixer needs to know beside the tokens (attention: an ``Attend``).
+            path_scale_2B: factors on the two residual branches of each image (drop path).
+        """
+        mixed = self.mixer(self._normed(x_BLW, modulation, 0), place)
+        x_BLW = x_BLW + self._gated(mixed, modulation, 0, path_scale_2B)
+        hidden = F.gelu(self.mlp_in(self._normed(x_BLW, modulation, 1)), approximate="tanh")
+        return x_BLW + self._gated(self.mlp_out(hidden), modulation, 1, path_scale_2B)
+
+    def _normed(self, x_BLW: Tensor, modulation: Modulation, branch: int) -> Tensor:
+        if not modulation:
+            return (self.norm1, self.norm2)[branch](x_BLW)
+        return layer_norm(x_BLW) * (1 + modulation[2 + branch]) + modulation[4 + branch]
+
+    def _gated(
+        self, x_BLW: Tensor, modulation: Modulation, branch: int, path_scale_2B: Tensor | None
+    ) -> Tensor:
+        if path_scale_2B is None:
+            return modulation[branch] * x_BLW if modulation else x_BLW
+        kept_B11 = path_scale_2B[branch, :, None, None].to(x_BLW.dtype)
+        return (modulation[branch] * kept_B11 if modulation else kept_B11) * x_BLW
+
+    @torch.no_grad()
+    def initialise(self, config: ModelConfig) -> None:
+        """After the truncated normal of all matrices: small branches, and small gates with adaLN."""
+        for last in (self.mixer.out, self.mlp_out):
+            assert isinstance(last, nn.Linear)
+            last.weight.div_(math.sqrt(2 * config.depth))
+        gates = 2 * config.width  # γ1 and γ2 come first
+        if self.kind == "own":
+            self.adaln.weight[:gates].mul_(config.init_adaln_gamma)
+            self.adaln.weight[gates:].mul_(config.init_adaln)
+        elif self.kind == "shared":
+            self.adaln_offset[:2].mul_(config.init_adaln_gamma)
+            self.adaln_offset[2:].mul_(config.init_adaln)
+
+
+class Head(nn.Module):
+    """Norm (adaLN of its own, or plain; in fp32) and the matrix to the vocabulary."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        w = config.width
+        self.plain = config.adaln == "none"
+        if self.plain:
+            self.norm = nn.LayerNorm(w, eps=NORM_EPS)
+        else:
+            self.adaln = nn.Linear(w, 2 * w)
+        self.to_vocab = nn.Linear(w, config.vocab)
+
+    def forward(self, x_BLW: Tensor, cond_BW: Tensor) -> Tensor:
+        """Logits (B, L, V) in fp32; ``cond_BW`` is the class embedding."""
+        if self.plain:
+            return self.to_vocab(self.norm(x_BLW.float())).float()
+        scale_BW, shift_BW = self.adaln(F.silu(cond_BW)).chunk(2, dim=-1)
+        return self.to_vocab(layer_norm(x_BLW.float()) * (1 + scale_BW[:, None]) + shift_BW[:, None]).float()
+
+    @torch.no_grad()
+    def initialise(self, config: ModelConfig) -> None:
+        """Small, so that the first predictions are nearly even."""
+        self.to_vocab.weight.mul_(config.init_head)
+        if not self.plain:
+            self.adaln.weight.mul_(config.init_adaln)
+
+
+@torch.no_grad()
+def truncated_normal(model: nn.Module, std: float) -> None:
+    """The published start of every matrix and embedding: normal within ±2, biases 0."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.trunc_normal_(module.weight, std=std)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            module.bias.zero_()
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The autocast type if autocast is on here, else the tensor's own."""
+    kind = x.device.type
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if autocast else x.dtype
+
+
+def full_precision(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Autocast off inside; the meta device, on which FLOPs are counted, knows no autocast."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
