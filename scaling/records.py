@@ -22,7 +22,8 @@ Kinds of lines in ``metrics.jsonl`` of a transformer run (DESIGN's words and uni
      "error_last", "error_last_se", "loss_scales": [...], "error_scales": [...], "eval_images"}
     {"kind": "fidelity", "setting", "step", "params", "params_total", "tokens", "unique_tokens", "epochs",
      "flops", "flops_6nd", "fid", "is", "is_std", "precision", "recall", "images", "manifold_images",
-     "extractor", "reference", "reference_images", "guidance", "top_k", "top_p", "seed"}
+     "extractor", "reference", "reference_images", "guidance", "guidance_form", "top_k", "top_p",
+     "seed"}
 """
 
 from __future__ import annotations

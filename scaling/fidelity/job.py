@@ -32,7 +32,7 @@ from torch import Tensor
 
 from scaling.config import ConfigError, DataConfig, RunConfig, SamplingConfig, require
 from scaling.data.images import ImageSource, SourceView, Split
-from scaling.data.sources import open_source
+from scaling.data.sources import Chosen, open_source
 from scaling.data.transforms import image_batch
 from scaling.fidelity.collect import BATCH, KEPT, Images, Share
 from scaling.fidelity.features import NamedExtractor, load_extractor
@@ -46,6 +46,8 @@ from scaling.tokenizer.vqvae import load_tokenizer
 FROM_EVALUATION = (
     "step", "params", "params_total", "tokens", "unique_tokens", "epochs", "flops", "flops_6nd",
 )  # fmt: skip
+SAMPLING = ("guidance", "guidance_form", "top_k", "top_p", "seed")
+"""How pictures are drawn: options of the command line, fields of ``SamplingConfig`` and of the record."""
 
 
 def sampler(
@@ -56,17 +58,18 @@ def sampler(
     Raises:
         RecordsError: the run is not finished, or there is no tokenizer.
     """
-    model, config = load_model(folder)
-    model, tokenizer = model.to(device), load_tokenizer(tokenizer_run / "tokenizer").to(device)
+    model, config = load_model(folder, device)
+    tokenizer = load_tokenizer(tokenizer_run / "tokenizer").to(device)
 
     @torch.no_grad()
     def sample(indices: Sequence[int]) -> Tensor:
         labels_B = torch.tensor([i % config.model.num_classes for i in indices], device=device)
-        _, f_hat = sample_tokens(
+        _, latent_BCHW = sample_tokens(
             model, tokenizer.quantize, labels_B, [sampling.seed + i for i in indices],
-            guidance=sampling.guidance, top_k=sampling.top_k, top_p=sampling.top_p,
+            guidance=sampling.guidance, guidance_form=sampling.guidance_form,
+            top_k=sampling.top_k, top_p=sampling.top_p,
         )  # fmt: skip
-        return tokenizer.decode_features(f_hat)
+        return tokenizer.decode_features(latent_BCHW).clamp(-1, 1)
 
     return sample, config
 
@@ -97,8 +100,9 @@ def real_images(data: DataConfig, split: Split, threads: int) -> tuple[Images, i
         crops_BHW3 = image_batch(source, data, "val", np.array(indices, dtype=np.int64), pool=pool)
         return torch.from_numpy(crops_BHW3).permute(0, 3, 1, 2)
 
-    count = source.count("val")
-    return batch, count, f"{split}-{opened.fingerprint()[:12]}-{data.resolution}px"
+    chosen = f"-seed{data.seed}" if isinstance(opened, Chosen) else ""
+    name = f"{split}-{opened.fingerprint()[:12]}-{data.resolution}px-margin{data.crop_margin:g}{chosen}"
+    return batch, source.count("val"), name
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -121,6 +125,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--save-reference", type=Path, help="write the reference to this .npz file")
     parser.add_argument("--data-path", help="where the run's images lie now, if elsewhere")
     parser.add_argument("--guidance", type=float, default=1.5)
+    parser.add_argument("--guidance-form", choices=("ramp", "constant"), default="ramp")
     parser.add_argument("--top-k", type=int, default=0)
     parser.add_argument("--top-p", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=0, help="of the first picture")
@@ -166,9 +171,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     state = PartialState(cpu=given.device == "cpu")
     share = Share(state.process_index, state.num_processes, lambda value: list(gather_object([value])))
     folder = RunFolder(given.folder)
-    sampling = SamplingConfig(
-        images=given.images, guidance=given.guidance, top_k=given.top_k, top_p=given.top_p, seed=given.seed
-    )
+    how = {key: getattr(given, key) for key in SAMPLING}
+    sampling = SamplingConfig(images=given.images, **how)
     extractor = load_extractor(given.extractor, given.weights, state.device)
     sample, config = sampler(folder, given.tokenizer, sampling, state.device)
     evaluations = folder.metrics("eval")
@@ -190,7 +194,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         batch=given.batch, keep=given.manifold, share=share, progress=progress,
     )  # fmt: skip
     if state.is_main_process:
-        how = {"guidance": given.guidance, "top_k": given.top_k, "top_p": given.top_p, "seed": given.seed}
         line = fidelity_line(evaluations[-1], result.record() | how)
         with folder.lock():
             folder.append(line)
@@ -203,8 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def fidelity_line(evaluation: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:
     """The line for ``metrics.jsonl``; its ``setting`` tells lines of one step apart."""
-    what = ("extractor", "reference", "images", "guidance", "top_k", "top_p", "seed")
-    setting = " ".join(f"{key}={measured[key]}" for key in what)
+    setting = " ".join(f"{key}={measured[key]}" for key in ("extractor", "reference", "images", *SAMPLING))
     cost = {key: evaluation[key] for key in FROM_EVALUATION}
     return {"kind": "fidelity", "setting": setting} | cost | measured
 
