@@ -2,8 +2,8 @@
 
 - Images are asked for by index, whatever they are: samples of a model, a data set, an array. Process r of W
   takes every W-th from r on, and what they found is merged: Gaussian moments, sums of the inception
-  score, and the features of the first images, put back in order. Nothing grows with the number of images
-  but those features.
+  score, and the features of some images, put back in order. Nothing grows with the number of images.
+- Some images are a fixed random choice, never the first ones: an image folder is sorted by class.
 - Extractors see 8-bit pixels, as the toolkits do, which read image files: generated images are rounded first.
 """
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from scaling.config import ConfigError, require
+from scaling.data.sampler import Int64, permutation
 from scaling.fidelity.features import NamedExtractor
 from scaling.fidelity.statistics import InceptionScore, Moments
 
@@ -49,7 +50,7 @@ class Collected:
 
     moments: Moments
     features_ND: Tensor
-    """float32, on the CPU, of the first images in the order of their indices."""
+    """float32, on the CPU, of ``chosen`` images in the order of their indices."""
     score: InceptionScore | None
     """None where the extractor gives no probabilities."""
 
@@ -71,7 +72,7 @@ def collect(
         count: of all processes together, at least one for each.
         extractor: what looks at them.
         batch: images at once; changes rounding only.
-        keep: of so many, the first, the features are returned too.
+        keep: of so many, as ``chosen``, the features are returned too.
         share: this process's part.
         progress: called with the images that this process has done.
 
@@ -83,6 +84,7 @@ def collect(
     mine = range(share.rank, count, share.world)
     moments: Moments | None = None
     score: InceptionScore | None = None
+    wanted = chosen(count, keep)
     kept: list[np.ndarray] = []
     pending: list[np.ndarray] = []
     for begin in range(0, len(mine), batch):
@@ -99,25 +101,30 @@ def collect(
             pending = []
         if score is not None and probabilities_BV is not None:
             score.add(np.array(indices), probabilities_BV.double().cpu().numpy())
-        kept.append(values_BD[np.array(indices) < keep])
+        kept.append(values_BD[np.isin(indices, wanted)])
         progress(begin + len(indices))
     assert moments is not None
     parts: list[Part] = share.gather((moments, np.concatenate(kept), score))
-    return _merge(parts, count, min(count, keep))
+    return _merge(parts, count, wanted)
+
+
+def chosen(count: int, keep: int) -> Int64:
+    """At most ``keep`` of ``count`` indices, a fixed random choice in ascending order."""
+    return np.sort(permutation(0, 0, count)[:keep])
 
 
 Part = tuple[Moments, np.ndarray, InceptionScore | None]
 """What one process found: its moments, the features to keep, its sums of the inception score."""
 
 
-def _merge(parts: list[Part], count: int, keep: int) -> Collected:
-    features = np.empty((keep, parts[0][1].shape[1]), dtype=np.float32)
+def _merge(parts: list[Part], count: int, wanted: Int64) -> Collected:
+    features = np.empty((len(wanted), parts[0][1].shape[1]), dtype=np.float32)
     moments = Moments(features.shape[1])
     scores = [score for *_, score in parts if score is not None]
     merged = InceptionScore(count, scores[0].sums_SV.shape[1]) if scores else None
     for rank, (part, values, score) in enumerate(parts):
         moments.merge(part)
-        features[rank :: len(parts)] = values
+        features[wanted % len(parts) == rank] = values
         if merged is not None and score is not None:
             merged.merge(score)
     return Collected(moments, torch.from_numpy(features), merged)

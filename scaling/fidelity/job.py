@@ -23,7 +23,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
@@ -34,7 +33,7 @@ from scaling.config import ConfigError, DataConfig, RunConfig, SamplingConfig, r
 from scaling.data.images import ImageSource, SourceView, Split
 from scaling.data.sources import Chosen, open_source
 from scaling.data.transforms import image_batch
-from scaling.fidelity.collect import BATCH, KEPT, Images, Share
+from scaling.fidelity.collect import BATCH, KEPT, Images, Share, chosen
 from scaling.fidelity.features import NamedExtractor, load_extractor
 from scaling.fidelity.measure import measure
 from scaling.fidelity.reference import Reference, load_reference, make_reference, save_reference
@@ -86,23 +85,30 @@ class _AsValidation(SourceView):
         return self.source.image("train", i)
 
 
-def real_images(data: DataConfig, split: Split, threads: int) -> tuple[Images, int, str]:
+def real_images(data: DataConfig, split: Split, wanted: int | None, threads: int) -> tuple[Images, int, str]:
     """Centre crops of a split by index, how many there are, and what tells them from others.
 
+    Args:
+        wanted: so many of the split, as ``chosen``; all when None.
+
     Raises:
-        ConfigError: the data is not there.
+        ConfigError: the data is not there, or has fewer images.
     """
     opened = open_source(data)
     source: ImageSource = _AsValidation(opened) if split == "train" else opened
-    pool = ThreadPoolExecutor(threads)
+    pool, there = ThreadPoolExecutor(threads), source.count("val")
+    count = there if wanted is None else wanted
+    require(count <= there, f"--reference-images asks for {count}, the {split} split has {there}")
+    order = chosen(there, count)
 
     def batch(indices: Sequence[int]) -> Tensor:
-        crops_BHW3 = image_batch(source, data, "val", np.array(indices, dtype=np.int64), pool=pool)
+        crops_BHW3 = image_batch(source, data, "val", order[list(indices)], pool=pool)
         return torch.from_numpy(crops_BHW3).permute(0, 3, 1, 2)
 
-    chosen = f"-seed{data.seed}" if isinstance(opened, Chosen) else ""
-    name = f"{split}-{opened.fingerprint()[:12]}-{data.resolution}px-margin{data.crop_margin:g}{chosen}"
-    return batch, source.count("val"), name
+    # A study's own choice of images follows from the data's seed; how they are cut, from the rest.
+    seed = f"-seed{data.seed}" if isinstance(opened, Chosen) else ""
+    name = f"{split}-{opened.fingerprint()[:12]}-{data.resolution}px-margin{data.crop_margin:g}{seed}-{count}"
+    return batch, count, name
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -121,7 +127,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--reference-data", default="train", help="train, val, or an .npz file (default train)"
     )
-    parser.add_argument("--reference-images", type=int, help="of the split, the first; default all")
+    parser.add_argument("--reference-images", type=int, help="so many of the split; default all")
     parser.add_argument("--save-reference", type=Path, help="write the reference to this .npz file")
     parser.add_argument("--data-path", help="where the run's images lie now, if elsewhere")
     parser.add_argument("--guidance", type=float, default=1.5)
@@ -135,8 +141,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     given = parser.parse_args(arguments)
-    for name in ("images", "batch", "manifold"):
-        require(getattr(given, name) >= 1, f"--{name} must be at least 1, got {getattr(given, name)}")
+    for name in ("images", "batch", "manifold", "reference_images"):
+        value, option = getattr(given, name), name.replace("_", "-")
+        require(value is None or value >= 1, f"--{option} must be at least 1, got {value}")
     return given
 
 
@@ -154,12 +161,8 @@ def reference_of(
     if given.data_path is not None:
         data = dataclasses.replace(data, path=given.data_path)
     threads = max(1, (os.cpu_count() or 1) // share.world)
-    images, count, name = real_images(data, given.reference_data, threads)
-    wanted = given.reference_images or count
-    require(
-        wanted <= count, f"--reference-images asks for {wanted}, the {given.reference_data} split has {count}"
-    )
-    return make_reference(images, wanted, extractor, f"{name}-{wanted}", **options)
+    images, count, name = real_images(data, given.reference_data, given.reference_images, threads)
+    return make_reference(images, count, extractor, name, **options)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

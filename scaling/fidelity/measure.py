@@ -30,7 +30,7 @@ class FidelityResult:
     recall: float | None
     images: int
     manifold_images: int | None
-    """Generated images, the first, that precision and recall are of."""
+    """How many generated images precision and recall are of."""
     extractor: str
     reference: str
     reference_images: int | None

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from scaling.config import ConfigError
-from scaling.fidelity.collect import ALONE, BATCH, KEPT, Images, Share, collect
+from scaling.fidelity.collect import ALONE, BATCH, KEPT, Images, Share, chosen, collect
 from scaling.fidelity.features import NamedExtractor
 from scaling.fidelity.statistics import Gaussian, Moments
 
@@ -95,18 +95,22 @@ def load_reference(
             f"{file} was made with extractor {made}, not {extractor.identity}; "
             "use that one, or make the reference again"
         )
-    features_ND = torch.from_numpy(content["features"])[:keep] if "features" in content else None
+    features_ND = None
+    if "features" in content:
+        features_ND = torch.from_numpy(content["features"])[chosen(len(content["features"]), keep)]
     gaussian = None
     if "mu" in content:
         gaussian = Gaussian(content["mu"].astype(np.float64), content["sigma"].astype(np.float64))
     images = int(content["images"]) if "images" in content else None
     if "arr_0" in content and features_ND is None:
         pixels = content["arr_0"]
+        if gaussian is not None:  # then only what precision and recall need is looked at
+            pixels = pixels[chosen(len(pixels), keep)]
 
         def batch_of(indices: Sequence[int]) -> Tensor:
             return torch.from_numpy(pixels[list(indices)]).permute(0, 3, 1, 2)
 
-        count = len(pixels) if gaussian is None else min(len(pixels), keep)
+        count = len(pixels)
         found = collect(batch_of, count, extractor, batch=batch, keep=keep, share=share)
         features_ND = found.features_ND
         if gaussian is None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from scaling.config import DataConfig, SamplingConfig
 from scaling.data.transforms import view_array
 from scaling.fidelity import job
+from scaling.fidelity.collect import chosen
 from scaling.generation import load_model, sample_images
 from scaling.records import FolderBusyError, RecordsError, RunFolder
 from scaling.schema import ConfigError
@@ -128,12 +129,16 @@ def test_pictures_are_those_of_sampling_one_by_one(folder: RunFolder, made: Made
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_real_images_are_centre_crops(made: Made, split: str) -> None:
     data = DataConfig(source="folder", path=str(made[2]), resolution=8)
-    images, count, name = job.real_images(data, split, threads=2)  # type: ignore[arg-type]
+    images, count, name = job.real_images(data, split, None, threads=2)  # type: ignore[arg-type]
     assert count == {"train": 30, "val": 10}[split]
     assert name.startswith(f"{split}-")
     source = job.open_source(data)
     expected = np.stack([view_array(source.image(split, i), data, None) for i in (7, 2)])  # type: ignore[arg-type]
     assert np.array_equal(images([7, 2]).permute(0, 2, 3, 1).numpy(), expected)
+    some, part, other = job.real_images(data, split, 6, threads=2)  # type: ignore[arg-type]
+    assert part == 6
+    assert other == name.rpartition("-")[0] + "-6"
+    assert torch.equal(some(range(6)), images(chosen(count, 6).tolist()))
 
 
 def test_a_saved_reference_gives_the_same_line(folder: RunFolder, made: Made, tmp_path: Path) -> None:

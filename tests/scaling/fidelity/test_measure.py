@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from scaling.fidelity import collect as collecting
-from scaling.fidelity.collect import Images, Share, as_uint8, collect
+from scaling.fidelity.collect import Images, Share, as_uint8, chosen, collect
 from scaling.fidelity.features import NamedExtractor
 from scaling.fidelity.manifold import precision_recall
 from scaling.fidelity.measure import FidelityResult, measure
@@ -98,7 +100,7 @@ def test_the_numbers_are_those_of_all_features_at_once(reference: Reference) -> 
     values = features.double().numpy()
     generated = Gaussian(values.mean(axis=0), np.cov(values, rowvar=False))
     assert result.fid == pytest.approx(frechet_distance(generated, reference.gaussian), rel=1e-9)
-    assert (result.precision, result.recall) == precision_recall(real, features[:40])
+    assert (result.precision, result.recall) == precision_recall(real, features[chosen(60, 40)])
     scores = []
     for part in probabilities.double().split(6):
         scores.append((part * (part / part.mean(dim=0)).log()).sum(dim=1).mean().exp().item())
@@ -125,8 +127,22 @@ def test_moments_do_not_depend_on_how_many_rows_they_take_at_once(monkeypatch: p
     np.testing.assert_allclose(parts.scatter_DD, whole.scatter_DD, rtol=1e-10, atol=1e-10)
 
 
+@given(st.integers(1, 300), st.integers(1, 300))
+def test_some_images_are_a_fixed_choice_spread_over_all(count: int, keep: int) -> None:
+    found = chosen(count, keep)
+    assert np.array_equal(found, np.unique(found))
+    assert len(found) == min(count, keep)
+    assert set(found) <= set(range(count))
+    assert set(chosen(count, max(1, keep // 2))) <= set(found)
+    if keep >= 50:  # a folder sorted by class has its last classes in it
+        assert found.min() < count / 4
+        assert found.max() >= 3 * count / 4 - 1
+
+
 def test_features_come_back_in_the_order_of_the_images() -> None:
+    every = CORNERS.describe(pictures(2)(range(23)))[0]
     alone = collect(pictures(2), 23, CORNERS, keep=17).features_ND
+    assert torch.equal(alone, every[chosen(23, 17)])
     for world in (2, 4):
         for part in together(
             world, lambda share: collect(pictures(2), 23, CORNERS, batch=3, keep=17, share=share)
