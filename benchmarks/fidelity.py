@@ -6,6 +6,7 @@ Features are random, ``--images`` × 2048 of each set, correlated as a layer's o
 once, in a process of its own: moments streamed as the metrics stream them, FID, the usual formula for it with
 SciPy's matrix root of the product, precision and recall, the inception score of 1008 classes, Inception on
 8 images of 256 px. Peak memory is the process's, beside its peak before the step, the features included.
+On a machine that others use, CPU seconds of one thread (OMP_NUM_THREADS=1) say more than the clock.
 """
 
 from __future__ import annotations
@@ -92,12 +93,12 @@ def peak_mebibytes() -> float:
 
 
 def measure(step: str, images: int, device: str) -> None:
-    """Run one step in this process, whose peak is then the step's own; print seconds, MiB and the result."""
+    """Run one step in this process, whose peak is then the step's own; print times, MiB and the result."""
     call = prepare(step, images, device)
-    before, start = peak_mebibytes(), time.perf_counter()
+    before, start, cpu_start = peak_mebibytes(), time.perf_counter(), time.process_time()
     result = call()
-    seconds = time.perf_counter() - start
-    print(f"{seconds}\t{peak_mebibytes()}\t{before}\t{result}")
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu_start
+    print(f"{seconds:.2f}\t{cpu:.2f}\t{peak_mebibytes():.0f}\t{before:.0f}\t{result}")
 
 
 def main() -> None:
@@ -110,16 +111,15 @@ def main() -> None:
     if given.step is not None:
         measure(given.step, given.images, given.device)
         return
-    table = Table("step", "seconds", "peak MiB", "peak MiB before", "result")
+    table = Table("step", "seconds", "CPU seconds", "peak MiB", "peak MiB before", "result")
     for step in STEPS:
         command = [sys.executable, "-m", "benchmarks.fidelity", "--step", step]
         command += ["--images", str(given.images), "--device", given.device]
         printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        seconds, peak, before, result = printed.strip().split("\t")
         name = "inception, 8 images" if step == "inception" else step
-        table.add_row(name, f"{float(seconds):.2f}", f"{float(peak):.0f}", f"{float(before):.0f}", result)
+        table.add_row(name, *printed.strip().split("\t"))
     print(f"{given.images} images × {DIM} features, {torch.get_num_threads()} threads, {given.device}")
-    Console(width=120).print(table)
+    Console(width=130).print(table)
 
 
 if __name__ == "__main__":
