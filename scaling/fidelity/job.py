@@ -37,7 +37,8 @@ from scaling.fidelity.collect import BATCH, KEPT, Images, Share, chosen
 from scaling.fidelity.features import NamedExtractor, load_extractor
 from scaling.fidelity.measure import measure
 from scaling.fidelity.reference import Reference, load_reference, make_reference, save_reference
-from scaling.generation import load_model, sample_tokens
+from scaling.generation import sample_tokens
+from scaling.pretrained import load_model
 from scaling.process import run_job
 from scaling.records import RecordsError, RunFolder
 from scaling.tokenizer.vqvae import load_tokenizer
