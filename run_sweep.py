@@ -17,7 +17,7 @@ and five more need no recipe:
     python run_sweep.py edit WHERE IMAGE [--key value ...]  in-painting and other tasks without training
     python run_sweep.py fit TABLE [--key value ...]      fit a scaling law to any table of runs
 
-RECIPE is a file or the name of a shipped recipe: quickstart, cifar10, cifar10-cpu, imagenet256.
+RECIPE is a file or the name of a shipped recipe: quickstart, cifar10, cifar10-cpu, families-cpu, imagenet256.
 plan, tokenize and run take any value of the recipe: --train.lr 3e-4 --depths 2 4 6 --data.path X.
 'python run_sweep.py COMMAND --help' lists a command's own options,
 'python run_sweep.py plan RECIPE --help' the values of the recipe too.
@@ -312,7 +312,7 @@ def dispatch(arguments: list[str]) -> int:
             "table": "a table: a file with one row per run or evaluation",
             "model": "a model: a run's folder, a recipe or sweep with --depth, or a checkpoint",
         }
-        recipes = "a recipe: a file, or quickstart, cifar10, cifar10-cpu or imagenet256"
+        recipes = "a recipe: a file, or quickstart, cifar10, cifar10-cpu, families-cpu or imagenet256"
         raise ConfigError(f"'{name}' needs {wanted.get(command.takes, recipes)}")
     words = rest[: 1 + len(command.further)]
     for word, given in zip_longest(command.further, words[1:]):
