@@ -180,7 +180,7 @@ class ModelConfig:
             require(len(self.scales) == 1, f"raster has one map, got model.scales {list(self.scales)}")
             require(
                 self.adaln == "none" and not self.qk_norm,
-                "raster is a GPT-2: model.adaln must be none and model.qk_norm false",
+                "model.adaln must be none and model.qk_norm false for raster, which is a GPT-2",
             )
 
     @classmethod
