@@ -19,7 +19,8 @@ from scaling.config import DataConfig, SamplingConfig
 from scaling.data.transforms import view_array
 from scaling.fidelity import job
 from scaling.fidelity.collect import chosen
-from scaling.generation import load_model, sample_images
+from scaling.generation import sample_images
+from scaling.pretrained import load_model
 from scaling.records import FolderBusyError, RecordsError, RunFolder
 from scaling.schema import ConfigError
 from scaling.tokenizer.vqvae import load_tokenizer
