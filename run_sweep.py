@@ -215,6 +215,9 @@ def edit(words: tuple[str, str], request: EditRequest) -> int:
 
 def evaluate(where: str, request: EvaluateRequest) -> int:
     """loss and error of a run or of a published checkpoint on validation images"""
+    where, tokenizer = _model(where, request)
+    request = replace(request, tokenizer=tokenizer)
+
     from scaling.imported import import_into, training_of
     from scaling.validation import validate
 
@@ -384,12 +387,13 @@ def _nested(values: dict[tuple[str, ...], Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on standard error while something is counted."""
+    """A bar on standard error while something is counted, if that is a terminal."""
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
