@@ -8,7 +8,8 @@
     <folder>/data.json         fingerprint of the images that a tokenizer or a token cache is made from
     <folder>/checkpoints/      step-<n>/ folders of safetensors and JSON (scaling.checkpoint)
 
-The same layout serves tokenizer runs, token caches and transformer runs. No torch.
+The same layout serves tokenizer runs, token caches and transformer runs. No torch. A sweep's folder holds
+``sweep.json`` beside its runs, with the list of them (``read_sweep``).
 
 A job of several processes has one that writes ``status.json``, over and over; an error of another one
 would be lost between its reading and its writing. So a failure has a file of its own, that only the first
@@ -20,6 +21,10 @@ Kinds of lines in ``metrics.jsonl`` of a transformer run (DESIGN's words and uni
     {"kind": "eval", "step", "params", "params_total", "tokens", "unique_tokens", "epochs", "flops",
      "flops_6nd", "loss_avg", "loss_avg_se", "loss_last", "loss_last_se", "error_avg", "error_avg_se",
      "error_last", "error_last_se", "loss_scales": [...], "error_scales": [...], "eval_images"}
+    {"kind": "fidelity", "setting", "step", "params", "params_total", "tokens", "unique_tokens", "epochs",
+     "flops", "flops_6nd", "fid", "is", "is_std", "precision", "recall", "images", "manifold_images",
+     "extractor", "reference", "reference_images", "guidance", "guidance_form", "top_k", "top_p",
+     "seed"}
 """
 
 from __future__ import annotations
@@ -32,9 +37,13 @@ import os
 import time
 import uuid
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+IMPORTED = "imported-"
+"""Begins the names of folders that hold an evaluation of a published checkpoint (``scaling.imported``): no
+run of the sweep's recipe, so ``sweep.json`` does not list them."""
 STATES = ("waiting", "running", "interrupted", "done", "failed")
 
 
@@ -200,12 +209,13 @@ class RunFolder:
         """All complete lines in order, of one kind if given.
 
         A run that was killed and resumed writes some steps twice, with equal values; the last
-        line of each (kind, step) counts. A torn last line is ignored; a broken line elsewhere is an error.
+        line of each (kind, step, setting) counts: one step may be measured in several settings. A torn last
+        line is ignored; a broken line elsewhere is an error.
         """
         file = self.path / "metrics.jsonl"
         if not file.exists():
             return []
-        found: dict[tuple[Any, Any], dict[str, Any]] = {}
+        found: dict[tuple[Any, Any, Any], dict[str, Any]] = {}
         lines = file.read_bytes().split(b"\n")
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -216,7 +226,7 @@ class RunFolder:
                 if number == len(lines):
                     continue
                 raise RecordsError(f"{file}, line {number}: not valid JSON") from None
-            key = (record.get("kind"), record.get("step"))
+            key = (record.get("kind"), record.get("step"), record.get("setting"))
             found.pop(key, None)
             found[key] = record
         return [r for r in found.values() if kind is None or r.get("kind") == kind]
@@ -310,20 +320,71 @@ class RunFolder:
             return True
 
 
-def list_runs(sweep: str | Path) -> list[RunFolder]:
-    """The transformer runs of a sweep folder, in the order of its ``sweep.json`` (else by name).
+@dataclass(frozen=True)
+class ListedRun:
+    """One run as ``sweep.json`` lists it; the fields are the keys there."""
+
+    run: str
+    family: str
+    tokenizer: str
+    """Folder of the tokenizer's run, from the sweep's folder: ``../tokenizers/<id>``."""
+    tokens: str
+    """Folder of the token cache, likewise."""
+
+
+@dataclass(frozen=True)
+class SweepRecord:
+    """A sweep's ``sweep.json``."""
+
+    value: dict[str, Any]
+    """All of it: name, recipe, runs, command, commit."""
+    runs: tuple[ListedRun, ...]
+
+
+def read_sweep(sweep: str | Path) -> SweepRecord:
+    """``sweep.json`` of a sweep folder.
 
     Raises:
-        RecordsError: no such folder, or no runs in it.
+        RecordsError: not there, or not of this form; a tokenizer or tokens outside the folder of all sweeps.
+    """
+    root = Path(sweep)
+    file = root / "sweep.json"
+    value = read_json(file)
+    keys = tuple(ListedRun.__dataclass_fields__)
+    listed = value.get("runs") if isinstance(value, dict) else None
+    if not isinstance(listed, list) or not all(
+        isinstance(run, dict) and all(isinstance(run.get(key), str) for key in keys) for run in listed
+    ):
+        raise RecordsError(
+            f"{file}: expected an object with a list of runs, each with {', '.join(keys)}; "
+            "'run' with the same recipe and --root writes it again"
+        )
+    runs = tuple(ListedRun(**{key: run[key] for key in keys}) for run in listed)
+    everything = root.absolute().parent
+    for run in runs:
+        for key, link in (("tokenizer", run.tokenizer), ("tokens", run.tokens)):
+            if not Path(os.path.normpath(root.absolute() / link)).is_relative_to(everything):
+                raise RecordsError(f"{file}: {key} {link!r} of {run.run} lies outside {everything.name}/")
+    return SweepRecord(value, runs)
+
+
+def list_runs(sweep: str | Path) -> list[RunFolder]:
+    """The transformer runs of a sweep folder, in the order of its ``sweep.json`` (else by name), and imported
+    checkpoints after them.
+
+    Raises:
+        RecordsError: no such folder, no runs in it, or a damaged ``sweep.json``.
     """
     root = Path(sweep)
     if not root.is_dir():
         raise RecordsError(f"{root}: no such sweep folder; run the sweep first")
     if (root / "sweep.json").exists():
-        names = read_json(root / "sweep.json").get("runs", [])
+        names = [listed.run for listed in read_sweep(root).runs]
         runs = [RunFolder(root / name) for name in names if (root / name / "config.json").exists()]
     else:
         runs = [RunFolder(p.parent) for p in sorted(root.glob("*/config.json"))]
+        runs = [run for run in runs if not run.name.startswith(IMPORTED)]
+    runs += [RunFolder(p.parent) for p in sorted(root.glob(f"{IMPORTED}*/config.json"))]
     if not runs:
         raise RecordsError(f"{root}: no runs in it yet")
     return runs

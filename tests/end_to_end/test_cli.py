@@ -68,10 +68,12 @@ def write_sweep(root: Path) -> list[RunFolder]:
         ("--help",),
         ("plan", "--help"),
         ("sample", "quickstart", "--help"),
+        ("edit", "--help"),
         ("plan", "quickstart", "--help"),
         ("plan", "quickstart"),
         ("plan", "quickstart", "--json"),
         ("plan", "imagenet256", "--depths", "6", "30"),
+        ("plan", "families-cpu", "--families", "raster", "flexvar"),
     ],
 )
 def test_planning_and_help_need_no_torch(words: tuple[str, ...], tmp_path: Path) -> None:
@@ -275,6 +277,40 @@ def test_sample_says_which_depths_are_there_and_checks_what_it_is_asked(tmp_path
     assert "--count must be at least 1" in refused(
         "sample", "quickstart", *root, "--depth", "2", "--count", "0"
     )
+
+
+def test_sample_needs_the_family_where_there_are_several(tmp_path: Path) -> None:
+    made = make_plan(load_recipe("families-cpu", {("depths",): [1]}), tmp_path, lambda data: data)
+    made.write()
+    made.run_jobs[1].folder.set_status("done")
+    root = ("--root", tmp_path, "--depth", "1")
+    assert "sample needs --family too: " in refused("sample", "families-cpu", *root)
+    assert "no finished run of var of depth 1; finished depths: none yet" in refused(
+        "sample", "families-cpu", *root, "--family", "var"
+    )
+    assert "has no rastr; it has var, flexvar, flexvar-mamba, raster" in refused(
+        "sample", "families-cpu", *root, "--family", "rastr"
+    )
+    assert "has no final weights yet" in refused("sample", "families-cpu", *root, "--family", "flexvar")
+
+
+def test_status_names_the_jobs_of_every_tokenizer(tmp_path: Path) -> None:
+    made = make_plan(load_recipe("families-cpu"), tmp_path, lambda data: data)
+    made.write()
+    states = json.loads(cli("status", "families-cpu", "--root", tmp_path, "--json").stdout)
+    assert list(states) == [job.name for job in made.jobs]
+    assert sum(name.startswith("tokenizer tok-32px-v512-") for name in states) == 2
+
+
+def test_a_list_of_runs_of_another_form_is_refused(tmp_path: Path) -> None:
+    write_sweep(tmp_path)
+    file = tmp_path / "quickstart" / "sweep.json"
+    value = json.loads(file.read_text())
+    file.write_text(json.dumps(value | {"runs": [run["run"] for run in value["runs"]]}))
+    for command in ("status", "report"):
+        assert refused(command, "quickstart", "--root", tmp_path).startswith(
+            f"{file}: expected an object with a list of runs"
+        )
 
 
 def test_a_damaged_file_of_ours_is_named(tmp_path: Path) -> None:
