@@ -28,8 +28,8 @@ from analysis.study import LEVEL, Study
 QUANTITY = "loss_last"
 """What is compared: the loss of the one map that all families of a group have."""
 FEWEST = 4
-"""Runs that a family has on its frontier before the headline says that it is lower: three cannot show that the
-frontier is no line."""
+"""Runs on a family's frontier before the headline says that it is lower: three cannot show that the frontier
+is no line."""
 NEXT_TOKEN = ("raster",)
 """Families that predict a map token by token; all others predict a whole map from the coarser ones."""
 CONDITIONS = (
