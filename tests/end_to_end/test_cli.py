@@ -68,6 +68,7 @@ def write_sweep(root: Path) -> list[RunFolder]:
         ("--help",),
         ("plan", "--help"),
         ("sample", "quickstart", "--help"),
+        ("edit", "--help"),
         ("plan", "quickstart", "--help"),
         ("plan", "quickstart"),
         ("plan", "quickstart", "--json"),
