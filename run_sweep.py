@@ -198,6 +198,9 @@ def edit(words: tuple[str, str], request: EditRequest) -> int:
 
 def evaluate(where: str, request: EvaluateRequest) -> int:
     """loss and error of a run or of a published checkpoint on validation images"""
+    where, tokenizer = _model(where, request)
+    request = replace(request, tokenizer=tokenizer)
+
     from scaling.imported import import_into, training_of
     from scaling.validation import validate
 
@@ -368,7 +371,7 @@ def _nested(values: dict[tuple[str, ...], Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on standard error while something is counted."""
+    """A bar on standard error while something is counted, if that is a terminal."""
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 

@@ -100,7 +100,7 @@ def import_into(sweep: str | Path, validation: Validation, training: Training) -
     origin = {
         "weights": _absolute(validation.where),
         "tokenizer": None if validation.tokenizer is None else _absolute(validation.tokenizer),
-        "scales": list(opened.model.config.scales) if Path(validation.where).is_file() else None,
+        "scales": None if Path(validation.where).is_dir() else list(opened.model.config.scales),
         "tokenizer_hash": opened.tokenizer.content_hash,
         "images": validation.fingerprint,
         "training": training.told,

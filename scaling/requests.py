@@ -15,6 +15,23 @@ PAINTED: tuple[Task, ...] = ("inpaint", "outpaint", "class")
 
 
 @dataclass(frozen=True)
+class ModelChoice:
+    """Which model WHERE is, for commands that take a run's folder, a run of a sweep, or a checkpoint."""
+
+    root: str = "runs"
+    """The folder of all sweeps, where WHERE is a recipe."""
+    name: str | None = None
+    """The sweep's folder under the root; by default the recipe's name."""
+    depth: int | None = None
+    """Which run of a sweep."""
+    family: str | None = None
+    """Which family of a sweep that has several."""
+    tokenizer: str | None = None
+    """The tokenizer of a published checkpoint: a published file by path or hub name, or a tokenizer run's
+    folder; a run finds its own."""
+
+
+@dataclass(frozen=True)
 class ConvertRequest:
     """Options of ``convert``."""
 
@@ -45,12 +62,9 @@ class DataChoice:
 
 
 @dataclass(frozen=True)
-class EvaluateRequest:
+class EvaluateRequest(ModelChoice):
     """Options of ``evaluate``."""
 
-    tokenizer: str | None = None
-    """The tokenizer: a tokenizer run's folder, or a published file by path or hub name; a run finds
-    its own."""
     scales: tuple[int, ...] | None = None
     """Side lengths of a published model's steps, where the file does not tell them."""
     data: DataChoice = DataChoice()
@@ -86,22 +100,6 @@ class EvaluateRequest:
         for name in ("epochs", "train_images", "train_batch"):
             flag = "--" + name.replace("_", "-")
             require(getattr(self, name) is None or self.into is not None, f"{flag} is for --into SWEEP")
-
-
-@dataclass(frozen=True)
-class ModelChoice:
-    """Which model WHERE is, for commands that take a run's folder, a run of a sweep, or a checkpoint."""
-
-    root: str = "runs"
-    """The folder of all sweeps, where WHERE is a recipe."""
-    name: str | None = None
-    """The sweep's folder under the root; by default the recipe's name."""
-    depth: int | None = None
-    """Which run of a sweep."""
-    family: str | None = None
-    """Which family of a sweep that has several."""
-    tokenizer: str | None = None
-    """The tokenizer, of a published checkpoint; a run finds its own."""
 
 
 @dataclass(frozen=True)

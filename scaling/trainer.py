@@ -2,7 +2,7 @@
 
     python -m scaling.trainer RUN_FOLDER --tokens CACHE_FOLDER --tokenizer TOKENIZER_FOLDER
 
-- The loop is read top to bottom in ``train``; it is the only place with state.
+- The loop is read top to bottom in ``_train``; it is the only place with state.
 - Step s is a pure function of (config, s): images, label drops, drop paths, learning rate. So a run
   that was killed and resumed equals one that was not, and nothing random needs saving.
 - The global batch is fixed. Process r of W takes its share of the rows and splits it into
@@ -64,6 +64,22 @@ def train(
     """Train the run in ``folder`` from its newest checkpoint to the end; every process calls it."""
     with recorded_failure(folder):
         accelerator = make_accelerator(config, launch, folder)
+    _train(accelerator, folder, config, launch, cache, tokenizer)
+    # DDP's reducer must not be the last to let go of gloo's group: it would wait, holding Python's lock, for
+    # the group's thread, which may be waiting for that lock. A rank then never ends.
+    accelerator.free_memory()
+    accelerator.end_training()
+
+
+def _train(
+    accelerator: Accelerator,
+    folder: RunFolder,
+    config: RunConfig,
+    launch: LaunchConfig,
+    cache: TokenCache,
+    tokenizer: Tokenizer,
+) -> None:
+    """``train``, on these processes; the loop."""
     with JobProcess(folder, accelerator.is_main_process, accelerator.wait_for_everyone) as job:
         if accelerator.is_main_process:
             folder.write_costs(flops.costs(config))
@@ -115,7 +131,6 @@ def train(
         job.beat(step=total, total_steps=total, **machine_facts(config, launch, accelerator, clock))
         mirror.close()
         accelerator.wait_for_everyone()
-    accelerator.end_training()
 
 
 class State:

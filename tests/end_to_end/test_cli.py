@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -69,6 +70,8 @@ def write_sweep(root: Path) -> list[RunFolder]:
         ("plan", "--help"),
         ("sample", "quickstart", "--help"),
         ("edit", "--help"),
+        ("evaluate", "--help"),
+        ("convert", "--help"),
         ("plan", "quickstart", "--help"),
         ("plan", "quickstart"),
         ("plan", "quickstart", "--json"),
@@ -81,6 +84,34 @@ def test_planning_and_help_need_no_torch(words: tuple[str, ...], tmp_path: Path)
     result = cli(*words, *root, no_torch=True)
     assert (result.returncode, result.stderr) == (0, "")
     assert list(tmp_path.iterdir()) == [], "looking changes nothing"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("evaluate",), "'evaluate' needs a model"),
+        (("evaluate", "quickstart"), "--depth says which of its runs"),
+        (("evaluate", "net.pth"), "net.pth: no such file (files of the hub are named owner/repo:file)"),
+        (("evaluate", "net.pth", "--data.sourc", "folder"), "did you mean --data.source?"),
+        (("evaluate", "net.pth", "--data.source", "imagenet"), "--data.source: expected one of"),
+        (("evaluate", "net.pth", "--epochs", "3"), "--epochs is for --into SWEEP"),
+        (("evaluate", "net.pth", "--into", "runs/x"), "nothing says how long net was trained"),
+        (("convert", "net.pth"), "convert needs --to (varscale or published) and --out"),
+        (("convert", "net.pth", "--to", "published", "--out", "x.bin"), "ends in .pth or .safetensors"),
+    ],
+)
+def test_models_that_are_not_there_are_one_line(words: tuple[str, ...], told: str) -> None:
+    assert told in refused(*words)
+
+
+def test_a_checkpoint_that_runs_code_is_one_line_and_runs_nothing(tmp_path: Path) -> None:
+    proof, attack = tmp_path / "proof", tmp_path / "net.pth"
+    attack.write_bytes(b"cposix\nsystem\n(S'touch " + str(proof).encode() + b"'\ntR.")
+    assert str(attack) in refused("evaluate", attack, "--tokenizer", attack)
+    assert str(attack) in refused("convert", attack, "--to", "varscale", "--out", tmp_path / "ours")
+    assert not proof.exists()
+    pickle.loads(attack.read_bytes())
+    assert proof.exists()  # the attack works where it is let
 
 
 def test_status_needs_no_torch_and_shows_every_job(tmp_path: Path) -> None:
