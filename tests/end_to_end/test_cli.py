@@ -315,7 +315,7 @@ def test_sample_needs_the_family_where_there_are_several(tmp_path: Path) -> None
     made.write()
     made.run_jobs[1].folder.set_status("done")
     root = ("--root", tmp_path, "--depth", "1")
-    assert "sample needs --family too: " in refused("sample", "families-cpu", *root)
+    assert "--family is needed too: " in refused("sample", "families-cpu", *root)
     assert "no finished run of var of depth 1; finished depths: none yet" in refused(
         "sample", "families-cpu", *root, "--family", "var"
     )
