@@ -9,9 +9,10 @@ COMMAND is one of
     run        do everything that is missing, then write the report
     status     print where every job stands
     report     write the report of what is there
-    sample     draw pictures from a finished run
+    stages     draw the same seeds across depths and stages of training
     classifier train a classifier of the images, for 'fidelity' without published weights
-and five more need no recipe:
+and six more need no recipe:
+    python run_sweep.py sample WHERE [--key value ...]    pictures of a run or a published checkpoint
     python run_sweep.py fidelity WHERE [--key value ...]  FID and other image metrics of a sweep's runs
     python run_sweep.py evaluate WHERE [--key value ...]  loss and error of a run or a published checkpoint
     python run_sweep.py convert WHERE [--key value ...]   a published checkpoint to a folder of ours, or back
@@ -25,8 +26,8 @@ plan, tokenize, run and classifier take any value of the recipe: --train.lr 3e-4
 
 Exit codes: 0 done; 1 a run failed; 2 bad input, told in one line; 130 interrupted.
 
-This file only parses and dispatches. Torch is imported by nothing here but ``sample``, ``edit``,
-``evaluate`` and ``convert``.
+This file only parses and dispatches. Torch is imported by nothing here but ``sample``, ``stages``,
+``edit``, ``evaluate`` and ``convert``.
 """
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ from scaling.requests import (
     EditRequest,
     EvaluateRequest,
     FidelityRequest,
+    SampleRequest,
+    StagesRequest,
     same_images,
 )
 from scaling.schema import here
@@ -109,30 +112,6 @@ class ReportOptions(SweepOptions, RunOptions):
     """Options of ``report``."""
 
 
-@dataclass(frozen=True)
-class SampleOptions(SweepOptions):
-    """Options of ``sample``."""
-
-    depth: int | None = None
-    """Which run of the sweep; needed."""
-    family: str | None = None
-    """Its family; needed where the sweep has several."""
-    classes: tuple[int, ...] | None = None
-    """Classes to draw, in turn; all in turn by default."""
-    count: int = 16
-    """Number of pictures."""
-    cfg: float = 1.5
-    """Classifier-free guidance."""
-    top_k: int = 0
-    """Draw from the k most likely tokens only; 0 from all."""
-    top_p: float = 0.0
-    """Draw from the most likely tokens with this probability together; 0 from all."""
-    seed: int = 0
-    """The same seed draws the same pictures."""
-    out: str | None = None
-    """The folder of the pictures; by default samples-<settings> in the run's folder."""
-
-
 def plan(recipe: Recipe, options: PlanOptions) -> int:
     """print what the sweep costs; runs nothing"""
     from sweeps import commands
@@ -177,32 +156,35 @@ def report(recipe: Recipe, options: ReportOptions) -> int:
     return 0
 
 
-def sample(recipe: Recipe, options: SampleOptions) -> int:
-    """draw pictures from a finished run"""
-    from sweeps.where import finished_run
+def sample(where: str, request: SampleRequest) -> int:
+    """draw pictures from a run, of a sweep or by its folder, or from a published checkpoint"""
+    from sweeps.progress import counted
+    from sweeps.where import model_at
 
-    if options.depth is None:
-        raise ConfigError("sample needs --depth, the depth of a finished run")
-    if options.count < 1:
-        raise ConfigError(f"--count must be at least 1, got {options.count}")
-    folder, tokenizer = finished_run(_sweep(recipe, options), options.depth, options.family)
-    settings = f"cfg{options.cfg:g}-k{options.top_k}-p{options.top_p:g}-seed{options.seed}"
-    out = Path(options.out) if options.out else folder.path / f"samples-{settings}"
+    folder, tokenizer = model_at(where, request)
 
-    from scaling.generation import sample_run
+    from scaling.sample_command import sample as draw
 
-    grid = sample_run(
-        run_folder=folder.path,
-        tokenizer_folder=tokenizer,
-        classes=options.classes,
-        count=options.count,
-        seed=options.seed,
-        cfg=options.cfg,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        out=out,
-    )
-    print(grid)
+    with counted("drawing") as progress:
+        found = draw(folder, replace(request, tokenizer=tokenizer), progress)
+    print(*found.words, found.grid, sep="\n")
+    return 0
+
+
+def stages(where: str, request: StagesRequest) -> int:
+    """draw the same seeds across depths and stages of training, on one sheet (needs evaluation.snapshots)"""
+    from sweeps.progress import counted
+    from sweeps.where import runs_by_depth, sweep_at
+
+    sweep = sweep_at(where, request.root, request.name) or Path(where)
+    listed = runs_by_depth(sweep, request.family, request.depths)
+
+    from scaling.stages_command import StagedRun, draw_stages
+
+    runs = [StagedRun(*((sweep / part).resolve() for part in (r.run, r.tokenizer, r.tokens))) for r in listed]
+    out = sweep / f"stages-{listed[0].family}.png" if request.out is None else Path(request.out)
+    with counted("drawing") as progress:
+        print(draw_stages(runs, request, out, progress))
     return 0
 
 
@@ -317,7 +299,8 @@ COMMANDS = {
     "run": Command(run, lambda: RunOptions, "recipe"),
     "status": Command(status, lambda: StatusOptions, "sweep"),
     "report": Command(report, lambda: ReportOptions, "sweep"),
-    "sample": Command(sample, lambda: SampleOptions, "sweep"),
+    "sample": Command(sample, lambda: SampleRequest, "model"),
+    "stages": Command(stages, lambda: StagesRequest, "model"),
     "classifier": Command(classifier, lambda: ClassifierRequest, "recipe"),
     "fidelity": Command(fidelity, lambda: FidelityRequest, "runs"),
     "edit": Command(edit, lambda: EditRequest, "model", ("IMAGE",)),

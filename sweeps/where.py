@@ -17,17 +17,16 @@ if TYPE_CHECKING:
 
 
 def sweep_at(where: str, root: str, name: str | None) -> Path | None:
-    """The folder of the sweep that ``where`` names; None where it names none.
+    """The folder of a sweep, given itself, by its name under the root or by its recipe; else None.
 
     Args:
-        where: a sweep's folder, a recipe's file, or the name of a shipped recipe.
-        root: the folder of all sweeps, for a recipe.
-        name: the sweep's folder under the root; the recipe's own name when None.
+        root: the folder of all sweeps.
+        name: of a recipe, the sweep's folder under the root; the recipe's own name when None.
     """
-    path = Path(where)
-    if (path / "sweep.json").exists():
-        return path
-    if path.suffix not in (".yaml", ".yml") and not (SHIPPED / f"{where}.yaml").exists():
+    for folder in (Path(where), Path(root) / where):
+        if (folder / "sweep.json").exists():
+            return folder
+    if Path(where).suffix not in (".yaml", ".yml") and not (SHIPPED / f"{where}.yaml").exists():
         return None
     return Path(root) / (load_recipe(where).name if name is None else name)
 
@@ -43,20 +42,48 @@ def finished_run(sweep: Path, depth: int, family: str | None = None) -> tuple[Ru
         RecordsError: the sweep has no finished run of that depth and family.
     """
     listed = started_sweep(sweep)
-    families = _families(sweep, listed, family)
-    if family is None and len(families) > 1:
-        raise ConfigError(f"--family is needed too: {sweep} has {', '.join(families)}")
+    several = len({run.family for run in listed}) > 1
+    of_family = _of_family(sweep, listed, family)
     depths = set()
-    for run in listed:
+    for run in of_family:
         folder = RunFolder(sweep / run.run)
-        if run.family == (family or families[0]) and folder.status()["state"] == "done":
+        if folder.status()["state"] == "done":
             found = folder.config()["model"]["depth"]
             depths.add(found)
             if found == depth:
                 return folder, (sweep / run.tokenizer).resolve()
     known = ", ".join(map(str, sorted(depths))) or "none yet"
-    of = f" of {family}" if len(families) > 1 else ""
+    of = f" of {family}" if several else ""
     raise RecordsError(f"{sweep}: no finished run{of} of depth {depth}; finished depths: {known}")
+
+
+def runs_by_depth(sweep: Path, family: str | None, depths: Sequence[int] | None) -> list[ListedRun]:
+    """A family's runs, smallest first, one of each depth.
+
+    Args:
+        family: needed where the sweep has several.
+        depths: which; None for all.
+
+    Raises:
+        ConfigError: as ``finished_run``, and a depth that the sweep does not have.
+    """
+    found: dict[int, ListedRun] = {}
+    for run in _of_family(sweep, started_sweep(sweep), family):
+        found.setdefault(RunFolder(sweep / run.run).config()["model"]["depth"], run)
+    for depth in depths or ():
+        if depth not in found:
+            known = ", ".join(map(str, sorted(found)))
+            raise ConfigError(f"--depths: {sweep} has no depth {depth}; it has {known}")
+    return [found[depth] for depth in sorted(depths or found)]
+
+
+def _of_family(sweep: Path, listed: Sequence[ListedRun], family: str | None) -> list[ListedRun]:
+    families = list(dict.fromkeys(run.family for run in listed))
+    if family is None and len(families) > 1:
+        raise ConfigError(f"--family is needed too: {sweep} has {', '.join(families)}")
+    if family is not None and family not in families:
+        raise ConfigError(f"--family: {sweep} has no {family}; it has {', '.join(families)}")
+    return [run for run in listed if run.family == (family or families[0])]
 
 
 @dataclass(frozen=True)
@@ -78,8 +105,9 @@ def finished_runs(sweep: Path, depth: int | None, family: str | None) -> Selecti
         RecordsError: no such sweep, or no such run is finished.
     """
     listed = started_sweep(sweep)
-    _families(sweep, listed, family)
-    wanted = [RunFolder(sweep / run.run) for run in listed if family in (None, run.family)]
+    if family is not None:
+        listed = tuple(_of_family(sweep, listed, family))
+    wanted = [RunFolder(sweep / run.run) for run in listed]
     wanted = [run for run in wanted if depth in (None, run.config()["model"]["depth"])]
     done = tuple(run for run in wanted if run.status()["state"] == "done")
     if not done:
@@ -126,11 +154,3 @@ def model_at(where: str, choice: ModelChoice) -> tuple[str, str | None]:
         raise ConfigError(f"{where} is a sweep: --depth says which of its runs")
     folder, tokenizer = finished_run(sweep, choice.depth, choice.family)
     return str(folder.path), choice.tokenizer or str(tokenizer)
-
-
-def _families(sweep: Path, listed: Sequence[ListedRun], family: str | None) -> list[str]:
-    """The families of a sweep, among them the one that is asked for."""
-    families = list(dict.fromkeys(run.family for run in listed))
-    if family is not None and family not in families:
-        raise ConfigError(f"--family: {sweep} has no {family}; it has {', '.join(families)}")
-    return families

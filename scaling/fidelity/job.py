@@ -205,7 +205,7 @@ def measure_runs(
             reference = references.of(one.config.data)
             opened = open_model(one.folder.path, request.tokenizer, device)
             result = measure(
-                sampler(opened, request.sampling, device), request.images, reference, extractor,
+                sampler(opened, request.sampling), request.images, reference, extractor,
                 batch=request.batch, keep=request.manifold, share=share,
                 progress=lambda done: counter.update(done, request.images),
             )  # fmt: skip

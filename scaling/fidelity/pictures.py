@@ -20,7 +20,7 @@ from scaling.data.images import ImageSource, SourceView, Split
 from scaling.data.sources import Chosen, open_source
 from scaling.data.transforms import image_batch
 from scaling.fidelity.collect import Images, chosen
-from scaling.generation import sample_tokens
+from scaling.generation import draw_images
 from scaling.pretrained import Opened
 
 
@@ -34,21 +34,15 @@ class RealImages:
     """What tells them from others."""
 
 
-def sampler(opened: Opened, sampling: SamplingConfig, device: torch.device) -> Images:
-    """A model's pictures by index; the model is on ``device``."""
-    model, tokenizer = opened.model, opened.tokenizer
+def sampler(opened: Opened, sampling: SamplingConfig) -> Images:
+    """A model's pictures by index."""
+    classes = opened.model.config.num_classes
 
-    @torch.no_grad()
-    def sample(indices: Sequence[int]) -> Tensor:
-        labels_B = torch.tensor([i % model.config.num_classes for i in indices], device=device)
-        _, latent_BCHW = sample_tokens(
-            model, tokenizer.quantize, labels_B, [sampling.seed + i for i in indices],
-            guidance=sampling.guidance, guidance_form=sampling.guidance_form,
-            top_k=sampling.top_k, top_p=sampling.top_p,
-        )  # fmt: skip
-        return tokenizer.decode_features(latent_BCHW).clamp(-1, 1)
+    def draw(indices: Sequence[int]) -> Tensor:
+        labels, seeds = [i % classes for i in indices], [sampling.seed + i for i in indices]
+        return draw_images(opened.model, opened.tokenizer, labels, seeds, sampling)
 
-    return sample
+    return draw
 
 
 class _AsValidation(SourceView):

@@ -8,8 +8,8 @@
   is that of the last step.
 - AdamW, the learning rate on half a cosine after a short warm-up. Which images step s sees, and how they are
   cut, follows from the seed and s: on one machine, the same config makes the same weights.
-- One process, which starts from the beginning when it was stopped; on a CPU it takes minutes. The folder has a
-  classifier at the end or none.
+- One process, which starts from the beginning when it was stopped; on a CPU it takes minutes. The folder has
+  a classifier at the end or none.
 """
 
 from __future__ import annotations
