@@ -249,8 +249,8 @@ class SampleRequest(DrawChoice, ModelChoice):
     """Steps, as sides (1 2 3 5 8) or height x width (1x1 2x3 4x6); others than the model's own are for
     flexvar and flexvar-mamba."""
     classifier: str | None = None
-    """Judges pictures, and only the best of each class are kept: the folder of one that 'classifier' trained, or
-    MODULE:FUNCTION, whose result has ``probabilities(images)``."""
+    """Judges pictures, and only the best of each class are kept: the folder of one that 'classifier' trained,
+    or MODULE:FUNCTION, whose result has ``probabilities(images)``."""
     keep: float | None = None
     """Share of the drawn pictures that the classifier keeps: with 0.05 twenty are drawn for each."""
 
