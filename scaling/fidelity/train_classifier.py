@@ -165,7 +165,7 @@ def train_classifier(
         "data": identity(data),
         "fingerprint": source.fingerprint(),
     }
-    return model.requires_grad_(False), facts
+    return model.requires_grad_(False).to(memory_format=torch.contiguous_format), facts  # type: ignore[call-overload]
 
 
 def _training_images(

@@ -70,6 +70,8 @@ def write_sweep(root: Path) -> list[RunFolder]:
         ("plan", "--help"),
         ("sample", "quickstart", "--help"),
         ("edit", "--help"),
+        ("fidelity", "--help"),
+        ("classifier", "quickstart", "--help"),
         ("evaluate", "--help"),
         ("convert", "--help"),
         ("plan", "quickstart", "--help"),
