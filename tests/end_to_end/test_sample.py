@@ -185,7 +185,7 @@ def test_one_line_refusals(sweep: Path, tmp_path: Path, capsys: pytest.CaptureFi
         ),
         ((*sample, "--count", 0), "--count must be at least 1, got 0"),
         ((*sample, "--keep", 0.5), "--classifier and --keep go together"),
-        ((*sample, "--classifier", "nowhere", "--keep", 0.5), "takes MODULE:FUNCTION, got 'nowhere'"),
+        ((*sample, "--classifier", "nowhere", "--keep", 0.5), "nowhere/classifier.json: no such file"),
         ((*sample, "--top-p", 1.5), "--top-p must be 0 to 1, got 1.5"),
         (("stages", sweep, "--depths", 3), "has no depth 3; it has 1, 2"),
         (("stages", sweep, "--first", 3), "--first 3: a var of scales [1, 2] has 2 steps"),
