@@ -22,7 +22,8 @@ from analysis import families, family_plots, fidelity, findings, plots, report_p
 from analysis.families import Families
 from analysis.fidelity import Protocol
 from analysis.files import plain, write_bytes
-from analysis.study import LEVEL, Law, Study, make_studies, usable
+from analysis.records import read_records
+from analysis.study import LEVEL, Law, Study, left_out, studies_of, usable
 from scaling.records import write_atomic, write_json
 
 Figures = Iterator[tuple[str, str, Callable[[], Any]]]
@@ -37,18 +38,20 @@ def make_report(sweep_folder: str | Path, flops: Literal["flops", "flops_6nd"] =
         flops: which compute the axes and laws over C use, exact or 6·N·D.
 
     Raises:
-        RecordsError: as ``analysis.study.make_studies``.
+        RecordsError: as ``analysis.records.read_records``.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
-    studies = make_studies(sweep_folder, flops)
+    records = read_records(sweep_folder)
+    studies = studies_of(records, flops)
+    several = len(records.families) > 1
     first = next(iter(studies.values()))
     compared = families.compare_families(studies) if len(studies) > 1 else None
     measured = fidelity.read_fidelity(first.folder, [run for study in studies.values() for run in study.runs])
     pictures_notes: list[str] = []
     tokenizers = report_pictures.tokenizers(studies.values(), pictures_notes)
-    parts = [_part(study, compared is not None, pictures_notes) for study in studies.values()]
+    parts = [_part(study, several, pictures_notes) for study in studies.values()]
     notes = [note for note in first.notes if all(note in study.notes for study in studies.values())]
     for part, study in zip(parts, studies.values(), strict=True):
         part["notes"] = [note for note in study.notes if note not in notes]
@@ -58,7 +61,7 @@ def make_report(sweep_folder: str | Path, flops: Literal["flops", "flops_6nd"] =
     palette = _palette(list(studies.values()))
     drawn: dict[str, dict[str, Any]] = {}
     with plots.styled():
-        for name, caption, make in _all_figures(studies, compared, measured):
+        for name, caption, make in _all_figures(studies, compared, measured, several):
             fig = make()
             svg = plots.to_svg(fig)
             write_atomic(figures / f"{name}.svg", svg)
@@ -81,9 +84,9 @@ def make_report(sweep_folder: str | Path, flops: Literal["flops", "flops_6nd"] =
     write_json(target / "fits.json", plain(value))
     context = {
         "name": first.name,
-        "several": compared is not None,
+        "several": several,
         "headline": families.headline(compared) if compared else findings.headline(first),
-        "notes": [*notes, *pictures_notes],
+        "notes": [*left_out(records), *notes, *pictures_notes],
         "comparison": _comparison(compared, drawn),
         "fidelity": _fidelity(measured, list(studies), drawn),
         "parts": parts,
@@ -159,7 +162,7 @@ COMPARED, MEASURED = "families", "fid"
 
 
 def _all_figures(
-    studies: dict[str, Study], compared: Families | None, measured: Sequence[Protocol]
+    studies: dict[str, Study], compared: Families | None, measured: Sequence[Protocol], several: bool
 ) -> Figures:
     names, flops = list(studies), next(iter(studies.values())).flops
     for number, group in enumerate(compared.shared if compared else (), 1):
@@ -188,7 +191,7 @@ def _all_figures(
                 partial(family_plots.fid_figure, protocol, flops, names),
             )
     for study in studies.values():
-        prefix = f"{study.family}-" if compared else ""
+        prefix = f"{study.family}-" if several else ""
         for name, caption, make in _figures(study):
             yield prefix + name, caption, make
 

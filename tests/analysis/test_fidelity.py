@@ -109,7 +109,7 @@ def test_a_metric_without_a_value_is_a_dash_and_no_point(tmp_path: Path) -> None
     (row,) = fidelity_rows(protocol, ("var",))
     assert (row["fid"], row["precision"], row["recall"]) == ("–", "–", "0.4")
     assert "±" not in row["is"]
-    names = [name for name, _, _ in _all_figures({"var": make_study(folder)}, None, (protocol,))]
+    names = [name for name, _, _ in _all_figures({"var": make_study(folder)}, None, (protocol,), False)]
     assert not [name for name in names if name.startswith("fid")]
 
 
