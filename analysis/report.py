@@ -15,6 +15,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from html import escape
 from pathlib import Path
 from typing import Any, Literal
 
@@ -302,6 +303,7 @@ def _palette(studies: Sequence[Study]) -> dict[str, tuple[str, str, str]]:
 
 def _inline(svg: str, name: str, palette: dict[str, tuple[str, str, str]]) -> str:
     """The SVG element alone, ids made unique on the page, colours as CSS variables."""
+    name = escape(name)
     body = svg[svg.index("<svg") :]
     body = re.sub(r'\bid="', f'id="{name}-', body)
     body = re.sub(r"url\(#", f"url(#{name}-", body)
