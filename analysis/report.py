@@ -179,16 +179,17 @@ def _all_figures(
             make = partial(family_plots.compute_figure, group, names)
             yield f"{COMPARED}{number}_{families.QUANTITY}_vs_compute", caption, make
     for number, protocol in enumerate(measured, 1):
-        if fidelity.drawn(protocol):
+        if len(fidelity.drawn(protocol.last)):
             yield (
                 f"{MEASURED}{number}_vs_params",
                 f"Fréchet distance, {protocol.label}: the latest measurement of every run against N, every "
                 "measurement against compute.",
                 partial(family_plots.fid_figure, protocol, "params", names),
             )
+        if len(fidelity.drawn(protocol.frame)):
             yield (
                 f"{MEASURED}{number}_vs_compute",
-                "",
+                f"Fréchet distance, {protocol.label}: every measurement against compute.",
                 partial(family_plots.fid_figure, protocol, flops, names),
             )
     for study in studies.values():
