@@ -96,6 +96,12 @@ def test_a_family_without_an_evaluation_is_left_out(tmp_path: Path) -> None:
     assert list(make_studies(folder)) == ["var"]
     with pytest.raises(RecordsError, match="no evaluation of raster recorded yet"):
         make_study(folder, family="raster")
+    report = make_report(folder)
+    for text in (report.read_text(), (report.parent / "report.md").read_text()):
+        assert "raster has no part below: none of its runs has an evaluation" in text
+        for depth in (1, 2):
+            assert f"raster-d{depth}-s0-0123456789 is done but recorded no evaluation" in text
+    assert 'id="family-var"' in report.read_text(), "its part says whose it is"
 
 
 def test_lists_of_scales_may_differ_in_length(sweep: Path) -> None:
@@ -329,7 +335,7 @@ def test_two_groups_with_the_same_tokens_have_figures_each(tmp_path: Path) -> No
     studies = make_studies(folder)
     found = compare_families(studies)
     assert [g.families for g in found.groups] == [("var", "flexvar-mamba"), ("flexvar", "raster")]
-    names = [name for name, _, _ in _all_figures(studies, found, ()) if name.startswith("families")]
+    names = [name for name, _, _ in _all_figures(studies, found, (), True) if name.startswith("families")]
     assert names == [f"families{i}_loss_last_vs_{x}" for i in (1, 2) for x in ("params", "compute")]
     assert {(p.first, p.second) for p in found.pairs} == {("var", "flexvar-mamba"), ("flexvar", "raster")}
     assert np.isfinite([p.found.difference for p in found.pairs if p.found]).all()
