@@ -10,9 +10,13 @@ another tokenizer is refused.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
+
+from torch import nn
 
 from scaling import flops
 from scaling.config import (
@@ -81,7 +85,7 @@ def training_of(where: str, request: EvaluateRequest) -> Training:
 
 
 def import_into(sweep: str | Path, validation: Validation, training: Training) -> RunFolder:
-    """Write the run's folder; the same checkpoint on the same images has the same folder.
+    """Write the run's folder; the same weights on the same images have the same folder, others another.
 
     Raises:
         ConfigError: the sweep's losses are of other tokens.
@@ -90,7 +94,9 @@ def import_into(sweep: str | Path, validation: Validation, training: Training) -
     config = _config(validation, training)
     _check_tokens(root, config, opened.tokenizer)
     name = re.sub(r"[^\w.-]+", "-", opened.name)
-    run = RunFolder(root / f"{IMPORTED}{name}-{content_hash(config)[:10]}")
+    weights = _digest(cast(nn.Module, opened.model))
+    told = content_hash([config, weights, validation.fingerprint])
+    run = RunFolder(root / f"{IMPORTED}{name}-{told[:10]}")
     run.create(to_dict(config))
     run.write_costs(flops.costs(config))
     total = config.total_steps
@@ -99,6 +105,7 @@ def import_into(sweep: str | Path, validation: Validation, training: Training) -
     run.close()
     origin = {
         "weights": _absolute(validation.where),
+        "weights_sha256": weights,
         "tokenizer": None if validation.tokenizer is None else _absolute(validation.tokenizer),
         "scales": None if Path(validation.where).is_dir() else list(opened.model.config.scales),
         "tokenizer_hash": opened.tokenizer.content_hash,
@@ -149,6 +156,15 @@ def _tokenizer_hash(run: RunFolder, config: RunConfig) -> str | None:
     folder = run.path.parent.parent / "tokenizers" / config.tokenizer_run.run_id / "tokenizer"
     description = folder / "tokenizer.json"
     return str(read_json(description)["content_hash"]) if description.exists() else None
+
+
+def _digest(model: nn.Module) -> str:
+    """SHA-256 (hex) of the weights by this project's names, wherever they were read from."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def _absolute(where: str) -> str:

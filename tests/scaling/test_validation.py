@@ -7,12 +7,13 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from torch import nn
 
 from analysis.records import load_runs
 from scaling import flops
@@ -199,6 +200,21 @@ class TestImport:
         first = self.imported(run, tmp_path, tmp_path / "new")
         assert self.imported(run, tmp_path, tmp_path / "new").path == first.path
         assert len(load_runs(tmp_path / "new")) == 1
+
+    def test_other_weights_and_other_images_are_other_points(self, run: RunFolder, tmp_path: Path) -> None:
+        """Of one architecture, under one name."""
+        validation = evaluated(run, tmp_path)
+        request = EvaluateRequest(into=str(tmp_path), epochs=10, train_images=1000)
+        training = training_of(str(tmp_path / "net.pth"), request)
+        first = import_into(tmp_path / "one", validation, training)
+        images = dataclasses.replace(validation, fingerprint="other")
+        assert import_into(tmp_path / "two", images, training).path.name != first.path.name
+        with torch.no_grad():
+            next(cast(nn.Module, validation.opened.model).parameters()).add_(1)
+        second = import_into(tmp_path / "one", validation, training)
+        assert len(load_runs(tmp_path / "one")) == 2
+        told = [folder.status()["imported"]["weights_sha256"] for folder in (first, second)]
+        assert told[0] != told[1]
 
     def test_a_point_of_the_sweep_that_says_what_it_is(self, run: RunFolder, tmp_path: Path) -> None:
         sweep = run.path.parent
