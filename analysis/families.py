@@ -246,21 +246,28 @@ def listed(names: list[str] | tuple[str, ...]) -> str:
 def headline(found: Families) -> str:
     """One sentence: which family is lower at equal compute, where that can be said."""
     names = listed(tuple(found.studies))
-    for group in found.shared:
-        at_equal = [
-            pair
-            for pair in found.pairs
-            if pair.x == found.flops and not pair.offset and pair.ratio and pair.first in group.families
-        ]
-        said = [_who_is_lower(pair) for pair in at_equal]
-        if said:
-            return (
-                f"{names} compared: at equal compute, in the loss of the last map, whose tokens are the "
-                f"same, {'; '.join(said)}."
-            )
-    if found.shared:
-        return f"{names} compared: {listed(found.shared[0].families)} have the same tokens, but no laws yet."
+    said = [_said_of(group, found) for group in found.shared]
+    if said:
+        return f"{names} compared: {'; '.join(said)}."
     return f"{names}: no two of them were trained on the same tokens, so their losses do not compare."
+
+
+def _said_of(group: Group, found: Families) -> str:
+    """A group's share of the headline: who is lower, or which of three things is missing."""
+    at_equal = [
+        pair
+        for pair in found.pairs
+        if pair.x == found.flops and not pair.offset and pair.found and pair.first in group.families
+    ]
+    said = [_who_is_lower(pair) for pair in at_equal if pair.ratio]
+    if said:
+        return "at equal compute, in the loss of the last map, whose tokens are the same, " + "; ".join(said)
+    alike = f"{listed(group.families)} have the same tokens"
+    if at_equal:
+        return f"{alike}, but their compute does not overlap"
+    if all(study.law(QUANTITY, found.flops, "pareto").law for study in group.studies):
+        return f"{alike}, but their laws cannot be compared"
+    return f"{alike}, but no laws yet"
 
 
 def _who_is_lower(pair: Pair) -> str:

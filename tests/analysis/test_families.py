@@ -230,8 +230,8 @@ def test_losses_at_equal_compute_are_read_inside_the_data_of_both(compared: Fami
 
 
 def test_families_whose_sizes_do_not_meet_have_no_losses_side_by_side(tmp_path: Path) -> None:
-    folder = fabricate.sweep(tmp_path, depths=(1, 2, 3, 7, 8, 9), families=("flexvar", "raster"))
-    for depth in (1, 2, 3, 7, 8, 9):
+    folder = fabricate.sweep(tmp_path, depths=(1, 2, 3, 15, 16, 17), families=("flexvar", "raster"))
+    for depth in (1, 2, 3, 15, 16, 17):
         family = "flexvar" if depth > 3 else "raster"
         (folder / f"{family}-d{depth}-s0-0123456789" / "config.json").unlink()
     found = compare_families(make_studies(folder))
@@ -240,6 +240,10 @@ def test_families_whose_sizes_do_not_meet_have_no_losses_side_by_side(tmp_path: 
     assert (pair.at, pair.ratio, pair.losses) == (None, None, ())
     assert pair.lower == "their X do not meet"
     assert pair.to_json()["losses"] == []
+    apart = next(p for p in found.pairs if p.x == "flops" and not p.offset)
+    assert apart.found is not None
+    assert apart.at is None
+    assert "flexvar and raster have the same tokens, but their compute does not overlap" in headline(found)
 
 
 def test_too_few_runs_for_a_law_is_said_where_the_comparison_would_stand(tmp_path: Path) -> None:
@@ -338,6 +342,7 @@ def test_two_groups_with_the_same_tokens_have_figures_each(tmp_path: Path) -> No
     names = [name for name, _, _ in _all_figures(studies, found, (), True) if name.startswith("families")]
     assert names == [f"families{i}_loss_last_vs_{x}" for i in (1, 2) for x in ("params", "compute")]
     assert {(p.first, p.second) for p in found.pairs} == {("var", "flexvar-mamba"), ("flexvar", "raster")}
+    assert re.search("var.* flexvar-mamba.*flexvar.* raster", headline(found).split("compared: ")[1])
     assert np.isfinite([p.found.difference for p in found.pairs if p.found]).all()
 
 
