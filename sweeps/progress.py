@@ -152,7 +152,9 @@ class Progress:
 def counted(what: str) -> Iterator[Callable[[int, int], None]]:
     """A bar on standard error while something is counted, called with the number done and of how many."""
     columns = (*rich.progress.Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
-    with rich.progress.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    hidden = not console.is_terminal  # there it would leave an empty line before an error's one
+    with rich.progress.Progress(*columns, console=console, transient=True, disable=hidden) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
