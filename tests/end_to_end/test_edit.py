@@ -303,3 +303,11 @@ def test_a_single_masked_pixel_stays_masked_however_small_the_mask_becomes() -> 
     assert small.shape == (8, 8)
     assert small[4, 4]
     assert not small[:3].any()
+
+
+def test_guidance_without_a_class_is_told(
+    var: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = picture(tmp_path / "image.png", 8, 8)
+    edit(var, image, tmp_path / "out", "--task", "inpaint", "--box", "0", "0", "1", ".5", "--cfg", "3")
+    assert "--cfg 3 is without effect: there is no --class to guide towards" in capsys.readouterr().out
