@@ -38,6 +38,8 @@ CONDITIONS = (
     "same map; so only this map's losses stand side by side, and sums over all the tokens of an image, of "
     "which {tokens} has fewer, differ"
 )
+TRAINING = ("steps", "epochs", "tokens", "batch", "lr", "lr_base", "schedule", "warmup", "weight_decay")
+"""Keys of ``train`` in a run's config that make its loss another one."""
 
 
 @dataclass(frozen=True)
@@ -234,8 +236,38 @@ def _notes(studies: Mapping[str, Study], groups: tuple[Group, ...]) -> Iterator[
         by_scale = [family for family in group.families if family not in NEXT_TOKEN]
         if by_token and by_scale:
             yield CONDITIONS.format(scales=listed(by_scale), tokens=listed(by_token))
+        yield f"N counts the matrices of the blocks, which are not alike: {_sizes(group)}"
+        if differing := _training(group):
+            yield f"not trained alike, so a difference need not be the family's: {differing}"
     if sum(len(group.studies) > 1 for group in groups):
         yield "the intervals are of each pair by itself, not of all pairs together"
+
+
+def _sizes(group: Group) -> str:
+    """What a layer's N is in each family, from the runs' own numbers."""
+    parts = []
+    for study in group.studies:
+        run = study.frame.sort_values("params").iloc[-1]
+        per_layer = run["params"] / (run["depth"] * run["width"] ** 2)
+        adaln = study.runs[0]["config"].get("model", {}).get("adaln") == "own"
+        share = ", 6·w² of it adaLN at next to no compute" if adaln else ""
+        parts.append(f"{run['family']} has {per_layer:.3g}·w² a layer{share}")
+    return "; ".join(parts)
+
+
+def _training(group: Group) -> str:
+    """Training values that differ between the families of a group, in words; empty when none do."""
+    found: dict[str, dict[str, str]] = {}
+    for study in group.studies:
+        configs = [run["config"].get("train", {}) for run in study.runs]
+        for key in TRAINING:
+            values = sorted({str(config.get(key)) for config in configs})
+            found.setdefault(key, {})[study.frame["family"].iloc[0]] = "/".join(values)
+    return "; ".join(
+        f"{key} " + ", ".join(f"{value} ({family})" for family, value in by_family.items())
+        for key, by_family in found.items()
+        if len(set(by_family.values())) > 1
+    )
 
 
 def listed(names: list[str] | tuple[str, ...]) -> str:

@@ -122,7 +122,7 @@ def test_losses_are_compared_among_families_with_the_same_tokens_only(compared: 
     pairs = {(pair.first, pair.second) for pair in compared.pairs}
     assert pairs == set(itertools.combinations(ALIKE, 2))
     note = "var was trained on other tokens than flexvar, flexvar-mamba and raster"
-    assert [n.startswith(note) for n in compared.notes] == [True, False, False]
+    assert [n.startswith(note) for n in compared.notes] == [True, False, False, False]
 
 
 @pytest.mark.parametrize(
@@ -350,3 +350,16 @@ def test_two_groups_with_the_same_tokens_have_figures_each(tmp_path: Path) -> No
 def test_a_headline_wants_four_runs(tmp_path: Path, depths: Any, said: str) -> None:
     folder = fabricate.sweep(tmp_path, depths=depths, families=("flexvar", "raster"))
     assert said in headline(compare_families(make_studies(folder)))
+
+
+def test_what_n_counts_and_unlike_training_are_said(tmp_path: Path) -> None:
+    folder = fabricate.sweep(tmp_path, depths=(1, 2, 3), families=("flexvar", "raster"))
+    alike = " ".join(compare_families(make_studies(folder)).notes)
+    assert "N counts the matrices of the blocks, which are not alike: flexvar has" in alike
+    assert "not trained alike" not in alike
+    for file in folder.glob("raster-*/config.json"):
+        config = json.loads(file.read_text())
+        config.setdefault("train", {})["lr"] = 0.5
+        file.write_text(json.dumps(config))
+    (note,) = [n for n in compare_families(make_studies(folder)).notes if "not trained alike" in n]
+    assert "0.5 (raster)" in note
