@@ -1,0 +1,234 @@
+"""Inside a Slurm allocation: start a job's processes on its nodes, and say how the job has ended.
+
+    python -m sweeps.slurm_job lead SUBMISSION                  once, on the first node: the batch script
+    python -m sweeps.slurm_job node SUBMISSION ADDRESS PORT     on each node, started by the lead through srun
+
+- One task per node starts all processes of that node, through Accelerate where a run has several in all;
+  they meet at the first node, on a port that was free there at the start.
+- Slurm's SIGTERM, be it ahead of a time limit, for a pre-emption, a requeue or a cancellation, reaches
+  the nodes' tasks (of a pre-emption the batch script hears nothing). They pass it on once, so that a job
+  that is checkpointing is not killed by the next one, and it leaves with a checkpoint.
+- Then the lead asks Slurm to queue the job again, unless Slurm is already ending it: then it was
+  cancelled, or is being queued again. A job that fails by itself is not queued again.
+- A node that dies takes the job with it, and Slurm queues it again (``--requeue``). If the processes of the
+  other nodes fail first, for want of their peer, the lead finds out that a node does not answer.
+- A job that is sent away ``MOST_FRUITLESS`` times in a row without a step done in between has a time limit
+  that is too short, or nodes that never answer: it fails, and says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from scaling.config import LaunchConfig, from_dict, to_dict
+from scaling.records import RunFolder, read_json, write_json
+from sweeps.jobs import command, process_environment
+from sweeps.slurm_queue import words
+
+DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 3
+"""Exit codes, as a job's own."""
+MOST_FRUITLESS = 5
+BUSY_SECONDS = 5.0
+ANSWER_SECONDS = 60.0
+"""Within which every node must start a trivial task to count as alive."""
+ASKED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+
+
+class Entry:
+    """This job, as the submission has it."""
+
+    def __init__(self, file: Path) -> None:
+        value, root = read_json(file), file.parents[2]
+        self.index = int(os.environ["SLURM_ARRAY_TASK_ID"])
+        self.file = file
+        self.job: dict[str, Any] = value["jobs"][self.index]
+        self.folder = RunFolder(os.path.normpath(root / self.job["folder"]))
+        self.nodes = int(os.environ["SLURM_JOB_NUM_NODES"])
+        self._launch = from_dict(LaunchConfig, value["launch"])
+
+    def launch(self, rank: int, address: str, port: int) -> LaunchConfig:
+        """For this node of the allocation."""
+        launch = self._launch
+        cores = int(os.environ["SLURM_CPUS_ON_NODE"])
+        return dataclasses.replace(
+            launch,
+            threads=launch.threads or max(1, cores // launch.processes),
+            machines=self.nodes,
+            machine_rank=rank,
+            main_address=address if self.nodes > 1 else None,
+            main_port=port,
+        )
+
+    @property
+    def done(self) -> bool:
+        """Whether the job has left all that it should."""
+        finished = self.folder.status()["state"] == "done"
+        return finished and (self.folder.path / self.job["product"]).exists()
+
+
+def lead(entry: Entry) -> int:
+    """Run the job until it has ended, for now or for good; the exit code."""
+    asked: list[int] = []
+    for number in ASKED:  # the nodes' tasks get them too, and their end is this one's
+        signal.signal(number, lambda number, frame: asked.append(number))
+    if entry.done and not entry.job["recheck"]:
+        print(f"{entry.job['name']}: done already")
+        return DONE
+    folder = entry.folder
+    while True:
+        before = folder.status()
+        address, port = _meeting_point()
+        write_json(folder.path / "launch.json", to_dict(entry.launch(0, address, port)))
+        code = _srun(entry, ["node", str(entry.file), address, str(port)])
+        status = folder.status()
+        fresh = status.get("heartbeat") != before.get("heartbeat")
+        state = str(status["state"]) if fresh else "silent"
+        if state == "done" and entry.done:
+            return DONE
+        if code == INTERRUPTED or state == "interrupted":
+            return _again(entry, before, "it was asked to leave")
+        if not fresh and folder.busy() and not asked:
+            print(f"{entry.job['name']}: another process is working on it; waiting for it", flush=True)
+            time.sleep(BUSY_SECONDS)
+            continue
+        if entry.nodes > 1 and code != REFUSED and not _all_nodes_answer(entry):
+            return _again(entry, before, "a node does not answer")
+        return _failed(folder, state, code)
+
+
+def _failed(folder: RunFolder, state: str, code: int) -> int:
+    """The exit code; what could not say itself why it has ended is told for it."""
+    if state == "failed":
+        return int(folder.status().get("exit_code", FAILED)) or FAILED
+    killed = f"killed by {signal.Signals(code - 128).name}" if 128 < code < 128 + signal.NSIG else ""
+    hint = " (out of memory?)" if code == 128 + signal.SIGKILL else ""
+    error = killed + hint or f"ended with exit code {code} and left no reason; see its log.txt"
+    folder.set_status("failed", error=error)
+    return FAILED
+
+
+def _again(entry: Entry, before: dict[str, Any], why: str) -> int:
+    """Have Slurm queue this job again; the exit code, if it is not ended by that."""
+    number = os.environ["SLURM_JOB_ID"]
+    shown = _run(["scontrol", "show", "job", "-o", number])
+    if " JobState=RUNNING " not in shown.stdout:
+        return INTERRUPTED  # cancelled, or queued again by Slurm itself
+    note = entry.file.with_suffix("") / f"{entry.index}.json"
+    step = entry.folder.status().get("step")
+    fruitless = int(read_json(note)["fruitless"]) if note.exists() else 0
+    fruitless = fruitless + 1 if step == before.get("step") else 0
+    if fruitless >= MOST_FRUITLESS:
+        error = f"left {fruitless} times without a step done in between ({why}); give it more --time"
+        entry.folder.set_status("failed", error=error)
+        return FAILED
+    write_json(note, {"fruitless": fruitless})
+    print(f"{entry.job['name']}: {why}; queued again", flush=True)
+    asked = _run(["scontrol", "requeue", number])
+    if asked.returncode != 0:
+        print(f"{entry.job['name']}: Slurm does not queue it again: {words(asked.stderr)}", flush=True)
+        return INTERRUPTED
+    time.sleep(60)  # Slurm ends this process within a moment
+    return INTERRUPTED
+
+
+def _meeting_point() -> tuple[str, int]:
+    """Where the processes of several nodes meet: this node, as Slurm reaches it, and a port free now."""
+    shown = _run(["scontrol", "show", "node", "-o", os.environ["SLURMD_NODENAME"]]).stdout
+    facts = dict(word.split("=", 1) for word in shown.split() if "=" in word)
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return facts.get("NodeAddr", socket.gethostname()), probe.getsockname()[1]
+
+
+def _srun(entry: Entry, arguments: list[str]) -> int:
+    """One task on every node with all that the job has there; the highest exit code."""
+    # Of a session of its own: Slurm's signals reach the tasks directly, and srun would kill them.
+    return subprocess.Popen(
+        [
+            *(*_on_every_node(entry), "--kill-on-bad-exit=1", "--unbuffered"),
+            *(sys.executable, "-m", "sweeps.slurm_job", *arguments),
+        ],
+        env=_step_environment(),
+        start_new_session=True,
+    ).wait()
+
+
+def _all_nodes_answer(entry: Entry) -> bool:
+    try:
+        return _run([*_on_every_node(entry), "true"], ANSWER_SECONDS).returncode == 0
+    except subprocess.TimeoutExpired:
+        return False
+
+
+def _on_every_node(entry: Entry) -> list[str]:
+    return ["srun", f"--nodes={entry.nodes}", f"--ntasks={entry.nodes}", "--cpu-bind=none"]
+
+
+def _step_environment() -> dict[str, str]:
+    """A task gets all of the job's cores on its node; asked for a number, srun would give it that share."""
+    return {name: value for name, value in os.environ.items() if name != "SLURM_CPUS_PER_TASK"}
+
+
+def _run(arguments: list[str], timeout: float | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        arguments, capture_output=True, text=True, check=False, timeout=timeout, env=_step_environment()
+    )
+
+
+def node(entry: Entry, address: str, port: int) -> int:
+    """Start this node's processes and wait for them; the exit code.
+
+    Only the first node says that it was asked to leave, when its main process has recorded it: an exit code
+    other than 0 ends the other nodes' tasks at once.
+    """
+    rank = int(os.environ["SLURM_NODEID"])
+    launch = entry.launch(rank, address, port)
+    line = command(entry.job["kind"], entry.job["arguments"], launch)
+    assert launch.threads is not None  # the entry has filled it in
+    where = f"Slurm {os.environ['SLURM_JOB_ID']} on {os.environ['SLURMD_NODENAME']}"
+    print(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {where}: {shlex.join(line)}", flush=True)
+    asked: list[int] = []
+    process: subprocess.Popen[bytes] | None = None
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
+        if len(asked) == 1 and process is not None:
+            _ask(process)
+
+    for number in ASKED:
+        signal.signal(number, leave)
+    if not asked:
+        environment = os.environ | process_environment(launch, launch.threads)
+        process = subprocess.Popen(line, stdin=subprocess.DEVNULL, env=environment, start_new_session=True)
+        if asked:  # while it was being started
+            _ask(process)
+        code = process.wait()
+        if not asked:
+            return code if code >= 0 else 128 - code
+    return INTERRUPTED if rank == 0 else DONE
+
+
+def _ask(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+
+
+def main(role: str, file: str, *place: str) -> int:
+    """One of the two roles; see above."""
+    entry = Entry(Path(file))
+    return lead(entry) if role == "lead" else node(entry, place[0], int(place[1]))
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
