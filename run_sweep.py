@@ -142,6 +142,7 @@ def run(recipe: Recipe, options: RunOptions) -> int:
     """do everything that is missing, then write the report"""
     from sweeps import commands
 
+    options.check()
     if options.executor == "slurm":
         made = commands.plan_for_slurm(recipe, Path(options.root), _resolve, options)
         result = commands.submit(made, _check_data, options)

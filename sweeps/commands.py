@@ -39,7 +39,8 @@ FIRST_LOOK_SECONDS, LOOK_SECONDS = 1.0, 30.0
 """Between two questions to Slurm, which many people ask."""
 PHASES: dict[str, Phase] = {
     "queued": "waiting", "starting": "running", "running": "running", "waiting": "blocked",
-    "done": "done", "failed": "failed", "interrupted": "interrupted", "cancelled": "interrupted",
+    "done": "done", "failed": "failed", "blocked": "blocked",
+    "interrupted": "interrupted", "cancelled": "interrupted",
 }  # fmt: skip
 """Of the display, for where a job stands with Slurm."""
 

@@ -49,18 +49,19 @@ class SlurmOptions:
     sbatch: str | None = None
     """Slurm: further options of sbatch, as one text: --sbatch="--mem=64G --exclude=n7"."""
 
-    def __post_init__(self) -> None:
-        if self.executor == "local":
-            self._refuse_what_is_not_used()
+    def check(self) -> None:
+        """Refuse what is not used, or is no number of anything.
+
+        Raises:
+            ConfigError: of one line.
+        """
+        for field in dataclasses.fields(SlurmOptions):
+            if self.executor == "local" and getattr(self, field.name) != field.default:
+                raise ConfigError(f"--{field.name.replace('_', '-')} is for --executor slurm only")
         for name in ("array_limit", "leave_seconds"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-
-    def _refuse_what_is_not_used(self) -> None:
-        for field in dataclasses.fields(SlurmOptions):
-            if getattr(self, field.name) != field.default:
-                raise ConfigError(f"--{field.name.replace('_', '-')} is for --executor slurm only")
 
     def resources(self, launch: LaunchConfig, depth: int | None) -> Resources:
         """What a run of this depth asks for; None: a tokenizer's job, which is on one node.

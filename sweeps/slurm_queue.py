@@ -60,7 +60,8 @@ class Seen:
 def standing(recorded: str, seen: Seen | None) -> tuple[str, str]:
     """Where a job stands, and why, from what its folder records and what Slurm says.
 
-    Queued, starting, running, done, failed, interrupted or cancelled; waiting when nobody has it in hand.
+    Queued, starting, running, done, failed, interrupted, cancelled, or blocked by one that failed; waiting
+    when nobody has it in hand.
     """
     if recorded == "done" or seen is None:
         return recorded, ""
@@ -70,8 +71,10 @@ def standing(recorded: str, seen: Seen | None) -> tuple[str, str]:
         return ("running" if recorded == "running" else "starting"), ""
     if recorded == "failed":
         return recorded, ""
-    if seen.state == "CANCELLED" or seen.reason == "DependencyNeverSatisfied":
-        return "cancelled", seen.reason or "by a person, or for a job that it needs"
+    if seen.reason == "DependencyNeverSatisfied":
+        return "blocked", "a job that it needs has failed"
+    if seen.state == "CANCELLED":
+        return "cancelled", seen.reason
     if recorded == "running":  # it could not say how it ended
         return "failed", f"ended by Slurm: {seen.state}"
     return recorded, f"Slurm: {seen.state}"

@@ -2,19 +2,24 @@
 # A real Slurm on this one machine, for the tests: a controller and three nodes on loopback, as root.
 #   bash up.sh FOLDER && export SLURM_CONF=FOLDER/slurm.conf     (about three seconds; down.sh ends it)
 # - Everything lies in FOLDER: configuration, key, sockets, logs, spools. No cgroup, systemd or data base.
-# - Debian's packages are installed where they are missing.
+# - Debian's packages are installed where they are missing; 'up.sh packages' does only that.
+# - Exit code 77: no Slurm can be had here; the last line says why.
 # - Nodes n1, n2, n3 have one CPU and two make-believe GPUs (null devices) each. What runs in partition
 #   'urgent' pre-empts what runs in 'main', which has GRACE seconds between SIGTERM and being requeued.
 set -euo pipefail
-BASE=${1:?usage: up.sh FOLDER} NODES=3 GPUS=2 GRACE=${GRACE:-20} PORTS=${PORTS:-16817}
+BASE=${1:?usage: up.sh FOLDER, or up.sh packages} NODES=3 GPUS=2 GRACE=${GRACE:-20} PORTS=${PORTS:-16817}
 export PATH=$PATH:/usr/sbin:/sbin
-[ "$(id -u)" = 0 ] || { echo "only root can start a Slurm that runs jobs" >&2; exit 1; }
+
+impossible() { echo "no Slurm here: $*" >&2; exit 77; }
+[ "$(id -u)" = 0 ] || impossible "only root can start one that runs jobs"
 PACKAGES="slurmctld slurmd slurm-client munge"
 dpkg -s $PACKAGES >/dev/null 2>&1 || {
-  apt-get update -qq
-  # No daemon of the packages is started by them.
-  DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get install -y -qq --no-install-recommends $PACKAGES
-} >&2
+  command -v apt-get >/dev/null || impossible "it is installed from Debian's packages"
+  # RUNLEVEL: none of the packages starts its daemon.
+  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 \
+    apt-get install -y -qq --no-install-recommends $PACKAGES; } >&2 || impossible "apt-get cannot install $PACKAGES"
+}
+[ "$BASE" != packages ] || exit 0
 wait_for() { for _ in $(seq 150); do "$@" >/dev/null 2>&1 && return; sleep .1; done; echo "timed out: $*" >&2; return 1; }
 
 mkdir -p "$BASE"/{state,log,run,munge}
