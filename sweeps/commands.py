@@ -170,7 +170,7 @@ def show_status(sweep: Path, as_json: bool) -> int:
     """Print every job's state; nothing is imported, resolved or locked for it."""
     folders, out = sweep_folders(sweep), console()
     try:
-        seen = slurm.look(sweep.parent, sweep.name)
+        seen = slurm.look(sweep.parent.absolute(), {folder.path.absolute() for _, folder in folders})
     except RecordsError as error:  # what the folders say is worth showing all the same
         seen = {}
         if not as_json:
@@ -262,7 +262,7 @@ def _wait(made: Plan, states: list[JobState], out: Console) -> Result:
 
 def _look(root: Path, states: Sequence[JobState]) -> bool:
     """Bring the states up to date; whether a job is still in Slurm's hands."""
-    seen = slurm.look(root)
+    seen = slurm.look(root, {state.job.folder.path for state in states})
     for state in states:
         folder = state.job.folder
         found, recorded = seen.get(folder.path), state.job.state

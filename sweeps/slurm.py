@@ -25,10 +25,11 @@ from __future__ import annotations
 import fcntl
 import os
 import shlex
+import shutil
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -56,6 +57,11 @@ class Submission:
     """Their folders, by index in the array."""
 
     @property
+    def folders(self) -> frozenset[Path]:
+        """Of its jobs."""
+        return frozenset(self.jobs)
+
+    @property
     def token(self) -> str:
         """Its name in the sweep's folder and in Slurm's comment."""
         return self.file.stem
@@ -81,18 +87,25 @@ def submissions(root: Path, sweep: str = "*") -> list[Submission]:
     return sorted(found, key=lambda s: s.file.name)
 
 
-def look(root: Path, sweep: str = "*") -> dict[Path, Seen]:
-    """What Slurm says of every job that was ever handed to it, by the job's folder: of the newest submission
-    of each, or of one that is still active.
+def look(root: Path, folders: Collection[Path]) -> dict[Path, Seen]:
+    """What Slurm says of the jobs of these folders that were ever handed to it, by any sweep.
 
     Raises:
         RecordsError: Slurm does not answer.
     """
-    made = [_adopted(s) for s in submissions(root, sweep)]
+    seen = _look(s for s in submissions(root) if not s.folders.isdisjoint(folders))
+    return {folder: found for folder, found in seen.items() if folder in folders}
+
+
+def _look(made: Iterable[Submission]) -> dict[Path, Seen]:
+    """By folder, of the newest submission of each, or of one that is still active."""
+    made = [_adopted(submission) for submission in made]
     known = slurm_queue.look(s.id for s in made if s.id is not None)
     found: dict[Path, Seen] = {}
     for submission in made:
-        for index, folder in enumerate(submission.jobs) if submission.id is not None else ():
+        if submission.id is None:
+            continue
+        for index, folder in enumerate(submission.jobs):
             seen = known.get(f"{submission.id}_{index}", Seen(f"{submission.id}_{index}"))
             if folder not in found or seen.active or not found[folder].active:
                 found[folder] = seen
@@ -110,7 +123,7 @@ def cancel(root: Path, sweep: str) -> list[Seen]:
             f"{root / sweep}: nothing of this sweep was handed to Slurm; a local sweep is stopped by Ctrl-C"
         )
     with _lock(root):
-        ended = [seen for seen in look(root, sweep).values() if seen.active]
+        ended = [seen for seen in _look(submissions(root, sweep)).values() if seen.active]
         if ended:
             slurm_queue.cancel(seen.id for seen in ended)
     return ended
@@ -135,7 +148,8 @@ def submit(
     """
     root = sweep.parent
     with _lock(root) as lock:
-        seen = look(root)
+        _forget_what_never_was(root, sweep)
+        seen = look(root, {job.folder.path for job in jobs})
         active = {path: found for path, found in seen.items() if found.active}
         for job in jobs:
             if job.folder.path in active:
@@ -249,6 +263,17 @@ def _adopted(submission: Submission) -> Submission:
             write_json(submission.file, read_json(submission.file) | {"id": number})
             return Submission(submission.file, number, submission.jobs)
     return submission
+
+
+def _forget_what_never_was(root: Path, sweep: Path) -> None:
+    """Remove records without a job: their launcher was killed before it called sbatch, or sbatch refused.
+
+    Only with the lock: nobody is calling sbatch now.
+    """
+    for submission in submissions(root, sweep.name):
+        if _adopted(submission).id is None:
+            shutil.rmtree(submission.file.with_suffix(""), ignore_errors=True)
+            submission.file.unlink()
 
 
 @contextmanager

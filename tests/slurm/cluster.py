@@ -46,8 +46,8 @@ class Cluster:
     def preempt(self, job: str) -> None:
         """Have something more urgent run where this job does."""
         script = "#!/bin/sh\nsleep 1\n"
-        where = f"--nodelist={self.node_of(job)}"
-        self.ask("sbatch", "--partition=urgent", where, "--output=/dev/null", script=script)
+        where = (f"--nodelist={self.node_of(job)}", "--exclusive")
+        self.ask("sbatch", "--partition=urgent", *where, "--output=/dev/null", script=script)
 
     def kill_node(self, name: str) -> None:
         """SIGKILL for its daemon and for all that it has started; the controller is told at once."""

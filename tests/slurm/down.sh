@@ -3,10 +3,10 @@
 BASE=${1:?usage: down.sh FOLDER}
 export SLURM_CONF=$BASE/slurm.conf
 jobs=$(timeout 5 squeue -h -o %A 2>/dev/null) && [ -n "$jobs" ] && timeout 5 scancel --full --signal=KILL $jobs
-for name in slurmctld "slurmd.*" munged; do
-  for pid in $(cat "$BASE"/run/$name.pid 2>/dev/null); do
-    kill "$pid" 2>/dev/null
-    for _ in $(seq 50); do kill -0 "$pid" 2>/dev/null || break; sleep .1; done
-  done
+pids=$(cat "$BASE"/run/{slurmctld,slurmd.*,munged}.pid 2>/dev/null)
+[ -n "$pids" ] && kill $pids 2>/dev/null
+for _ in $(seq 100); do
+  kill -0 $pids 2>/dev/null || exit 0   # true while one of them is there
+  sleep .1
 done
-exit 0
+kill -KILL $pids

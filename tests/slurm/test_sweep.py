@@ -68,6 +68,13 @@ class Sweep:
     def run(self, depth: int) -> RunFolder:
         return next(r for r in list_runs(self.sweep) if r.config()["model"]["depth"] == depth)
 
+    def job(self, depth: int) -> str:
+        return str(self.status()[f"var-d{depth}"]["slurm"]["id"])
+
+    def wait_for_checkpoint(self, depth: int) -> None:
+        wait_for(lambda: (self.sweep / "sweep.json").exists())
+        wait_for(lambda: any(self.run(depth).checkpoints.glob("step-*")))
+
     def numbers(self, depth: int) -> list[dict[str, Any]]:
         return [{k: v for k, v in r.items() if k not in TIMES} for r in self.run(depth).metrics()]
 
@@ -83,31 +90,37 @@ def held(cluster: Cluster, tmp_path: Path) -> Iterator[Sweep]:
 HOLD = "--sbatch=--hold"
 
 
-def test_six_runs_over_three_nodes_end_with_the_numbers_of_a_local_sweep(
-    cluster: Cluster, tmp_path: Path
-) -> None:
-    (tmp_path / "there").mkdir()
-    (tmp_path / "here").mkdir()
-    there, here = Sweep(tmp_path / "there", cluster), Sweep(tmp_path / "here")
+@pytest.fixture(scope="module")
+def disturbed(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Sweep:
+    """A finished sweep: one run was pre-empted, and the node of another one died."""
+    there = Sweep(tmp_path_factory.mktemp("there"), cluster)
+    asked = ("--nodes-per-run", "1", f"{TWO_NODES}=2", "--sbatch=--exclusive", "--wait")
     launcher = subprocess.Popen(
-        there.command("run", "--executor", "slurm", "--nodes-per-run", "1", f"{TWO_NODES}=2", "--wait"),
+        there.command("run", "--executor", "slurm", *asked),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         env=there.environment,
     )
     try:
-        for depth, disturb in zip(
-            LONG, (cluster.preempt, lambda job: cluster.kill_node(cluster.node_of(job))), strict=True
-        ):
-            wait_for(lambda: (there.sweep / "sweep.json").exists() and len(list_runs(there.sweep)) == 6)
-            wait_for(lambda depth=depth: any(there.run(depth).checkpoints.glob("step-*")))
-            disturb(there.status()[f"var-d{depth}"]["slurm"]["id"])
+        there.wait_for_checkpoint(LONG[0])
+        cluster.preempt(there.job(LONG[0]))
+        there.wait_for_checkpoint(LONG[1])
+        node = cluster.node_of(there.job(LONG[1]))
+        cluster.kill_node(node)
         output = launcher.communicate(timeout=300)[0]
     finally:
         launcher.kill()
+    cluster.revive_node(node)
     assert launcher.returncode == 0, output
     assert "report: " in output
+    return there
+
+
+def test_six_runs_over_three_nodes_end_with_the_numbers_of_a_local_sweep(
+    disturbed: Sweep, tmp_path: Path
+) -> None:
+    there, here = disturbed, Sweep(tmp_path)
     status = there.status()
     assert {found["state"] for found in status.values()} == {"done"}
     assert {found["slurm"]["state"] for found in status.values()} == {"COMPLETED"}
@@ -125,14 +138,15 @@ def test_six_runs_over_three_nodes_end_with_the_numbers_of_a_local_sweep(
     assert mine == pytest.approx(other, rel=1e-6)
 
 
-def plain(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Every number by where it stands."""
-    found: dict[str, Any] = {}
-    for index, record in enumerate(records):
-        for key, value in record.items():
-            for place, item in enumerate(value if isinstance(value, list) else [value]):
-                found[f"{index} {key} {place}"] = item
-    return found
+def plain(records: list[dict[str, Any]]) -> dict[str, float]:
+    """Every number by its record's kind and where it stands."""
+    return {
+        f"{record['kind']} {record['step']} {key} {place}": item
+        for record in records
+        for key, value in record.items()
+        for place, item in enumerate(value if isinstance(value, list) else [value])
+        if key != "kind"
+    }
 
 
 def test_nothing_is_queued_twice(held: Sweep, cluster: Cluster) -> None:
@@ -143,10 +157,10 @@ def test_nothing_is_queued_twice(held: Sweep, cluster: Cluster) -> None:
     before = cluster.jobs(shape, "--name=tiny")
     # The runs with equal wishes are one array, the longest first; its elements wait for the tokens.
     assert len(before) == 8
-    assert sum(" 1 gres/gpu:1 1:00:00 " in job for job in before) == 7
-    assert sum(" 2 gres/gpu:2 1:30:00 " in job for job in before) == 1
+    assert sum(" 1 gres:gpu:1 1:00:00 " in job for job in before) == 7
+    assert sum(" 2 gres:gpu:2 1:30:00 " in job for job in before) == 1
     ids = {name: found["slurm"]["id"] for name, found in held.status().items()}
-    assert [ids[f"var-d{depth}"].partition("_")[2] for depth in (1, 6, 5, 4, 3, 2)] == [*"012340"]
+    assert [ids[f"var-d{depth}"].partition("_")[2] for depth in (6, 5, 1, 4, 3, 2)] == [*"012340"]
     assert {found["state"] for found in held.status().values()} == {"queued"}
 
     assert "in Slurm's hands already" in held.queue(*asked)
@@ -159,9 +173,11 @@ def test_nothing_is_queued_twice(held: Sweep, cluster: Cluster) -> None:
     assert {name: found["slurm"]["id"] for name, found in held.status().items()} == ids
     # A launcher that was killed before it could call sbatch has left a record that stands for nothing.
     never = held.sweep / "slurm" / "1-none.json"
-    never.write_text(json.dumps({"id": None, "jobs": [{"folder": "tiny/none"}]}))
+    never.write_text(json.dumps({"id": None, "jobs": [{"folder": f"tiny/{held.run(1).name}"}]}))
+    assert {name: found["slurm"]["id"] for name, found in held.status().items()} == ids
+    held.queue(*asked)
+    assert not never.exists()
     assert cluster.jobs(shape, "--name=tiny") == before
-    held.status()
 
     assert held.do("cancel").count("cancelled: ") == 8
     assert cluster.jobs(shape, "--name=tiny") == []
@@ -187,7 +203,6 @@ def test_a_job_that_fails_is_not_queued_again_and_blocks_what_needs_it(
     cluster: Cluster, tmp_path: Path
 ) -> None:
     sweep = Sweep(tmp_path, cluster)
-    (tmp_path / "runs").mkdir()
     uneven = ("--depths", "4", "--launch.processes", "2", "--tokenizer-train.batch", "3", "--wait")
     done = sweep.call("run", "--executor", "slurm", *uneven)
     assert done.returncode == 2, done.stdout + done.stderr
@@ -196,28 +211,31 @@ def test_a_job_that_fails_is_not_queued_again_and_blocks_what_needs_it(
     assert [status[name]["state"] for name in ("tokenizer", "tokens", "var-d4")] == [
         *("failed", "blocked", "blocked")
     ]
-    assert status["tokenizer"]["attempt"] == 1
-    assert "restarts" not in status["tokenizer"]
+    (tokenizer,) = (sweep.runs / "tokenizers").iterdir()
+    starts = [line for line in (tokenizer / "log.txt").read_text().splitlines() if line.startswith("--- ")]
+    assert len(starts) == 1
 
 
-def test_what_was_cancelled_goes_on_from_its_checkpoint(cluster: Cluster, tmp_path: Path) -> None:
-    """And what a time limit sends ahead, SIGTERM to the steps, has the run queued again."""
+def test_a_run_told_to_leave_is_queued_again_and_a_cancelled_one_is_not(
+    cluster: Cluster, disturbed: Sweep, tmp_path: Path
+) -> None:
+    """A time limit sends ahead what is sent here, SIGTERM to the steps."""
     sweep = Sweep(tmp_path, cluster)
+    for name in ("tokenizers", "tokens"):
+        shutil.copytree(disturbed.runs / name, sweep.runs / name)
     sweep.queue("--depths", "1")
-    wait_for(lambda: bool(list_runs_of(sweep)) and any(sweep.run(1).checkpoints.glob("step-*")))
-    job = sweep.status()["var-d1"]["slurm"]["id"]
+    sweep.wait_for_checkpoint(1)
+    job = sweep.job(1)
     cluster.ask("scancel", "--signal=TERM", job)
-    wait_for(lambda: sweep.status()["var-d1"].get("attempt") == 2)
-    assert sweep.status()["var-d1"]["slurm"]["id"] == job
+    run = sweep.run(1)
+    wait_for(lambda: (run.status()["state"], run.status()["attempt"]) == ("running", 2))
+    assert "it was asked to leave; queued again" in (run.path / "log.txt").read_text()
+    assert sweep.job(1) == job
     sweep.do("cancel")
     wait_for(lambda: sweep.status()["var-d1"]["state"] == "cancelled")
-    recorded = sweep.run(1).status()
-    assert recorded["state"] == "interrupted"
-    assert any(sweep.run(1).checkpoints.glob(f"step-*{recorded['step'] // 10}*"))
-
-
-def list_runs_of(sweep: Sweep) -> list[RunFolder]:
-    return list_runs(sweep.sweep) if (sweep.sweep / "sweep.json").exists() else []
+    assert run.status()["state"] == "interrupted"
+    newest = max(run.checkpoints.glob("step-*")).name
+    assert int(newest.removeprefix("step-")) >= run.status()["step"] > 0
 
 
 @pytest.mark.parametrize(

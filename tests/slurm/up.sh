@@ -4,7 +4,7 @@
 # - Everything lies in FOLDER: configuration, key, sockets, logs, spools. No cgroup, systemd or data base.
 # - Debian's packages are installed where they are missing; 'up.sh packages' does only that.
 # - Exit code 77: no Slurm can be had here; the last line says why.
-# - Nodes n1, n2, n3 have one CPU and two make-believe GPUs (null devices) each. What runs in partition
+# - Nodes n1, n2, n3 have two CPUs and two make-believe GPUs (null devices) each. What runs in partition
 #   'urgent' pre-empts what runs in 'main', which has GRACE seconds between SIGTERM and being requeued.
 set -euo pipefail
 BASE=${1:?usage: up.sh FOLDER, or up.sh packages} NODES=3 GPUS=2 GRACE=${GRACE:-20} PORTS=${PORTS:-16817}
@@ -66,7 +66,7 @@ SchedulerParameters=batch_sched_delay=0,sched_min_interval=0,bf_interval=1
 SlurmdTimeout=60
 KillWait=10
 MinJobAge=3600
-$(for i in $(seq "$NODES"); do echo "NodeName=n$i NodeHostname=$HOST NodeAddr=127.0.0.1 Port=$((PORTS + i)) CPUs=1 RealMemory=1000 Gres=gpu:$GPUS State=UNKNOWN"; done)
+$(for i in $(seq "$NODES"); do echo "NodeName=n$i NodeHostname=$HOST NodeAddr=127.0.0.1 Port=$((PORTS + i)) CPUs=2 RealMemory=1000 Gres=gpu:$GPUS State=UNKNOWN"; done)
 PartitionName=main Nodes=n[1-$NODES] Default=YES State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=$GRACE
 PartitionName=urgent Nodes=n[1-$NODES] State=UP PriorityTier=10 PreemptMode=OFF
 CONF
