@@ -5,7 +5,7 @@
 
 COMMAND is one of
     plan       print what the sweep costs; runs nothing
-    tokenize   train the tokenizer and cache the tokens
+    tokenize   train the tokenizers and cache the tokens
     run        do everything that is missing, then write the report
     status     print where every job stands
     cancel     end what was handed to Slurm ('run --executor slurm')
@@ -104,6 +104,8 @@ class SampleOptions(SweepOptions):
 
     depth: int | None = None
     """Which run of the sweep; needed."""
+    family: str | None = None
+    """Its family; needed where the sweep has several."""
     classes: tuple[int, ...] | None = None
     """Classes to draw, in turn; all in turn by default."""
     count: int = 16
@@ -129,13 +131,13 @@ def plan(recipe: Recipe, options: PlanOptions) -> int:
 
 
 def tokenize(recipe: Recipe, options: Options) -> int:
-    """train the tokenizer and cache the tokens"""
+    """train the tokenizers and cache the tokens"""
     from sweeps import commands
 
     if recipe.launch.machine_rank > 0:
         raise ConfigError("tokenize is done by machine 0 alone; start the others with 'run'")
     made = commands.plan(recipe, Path(options.root), _resolve)
-    return commands.launch(made, made.jobs[:2], _check_data).exit_code
+    return commands.launch(made, made.stage_jobs, _check_data).exit_code
 
 
 def run(recipe: Recipe, options: RunOptions) -> int:
@@ -186,7 +188,7 @@ def sample(recipe: Recipe, options: SampleOptions) -> int:
         raise ConfigError("sample needs --depth, the depth of a finished run")
     if options.count < 1:
         raise ConfigError(f"--count must be at least 1, got {options.count}")
-    folder, tokenizer = finished_run(_sweep(recipe, options), options.depth)
+    folder, tokenizer = finished_run(_sweep(recipe, options), options.depth, options.family)
     settings = f"cfg{options.cfg:g}-k{options.top_k}-p{options.top_p:g}-seed{options.seed}"
     out = Path(options.out) if options.out else folder.path / f"samples-{settings}"
 
@@ -322,7 +324,8 @@ def _help(name: str, command: Command, first: str | None) -> str:
         assert first is not None
         text += (
             f"\n\nValues of the recipe\n{help_text(options_of(Recipe), load_recipe(first))}"
-            "\n\nby_depth (values of single depths) is set in the recipe; an option wins for every depth."
+            "\n\nby_family and by_depth (values of single families and depths) are set in the recipe; "
+            "an option wins for all of them."
         )
     return text
 

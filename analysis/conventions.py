@@ -9,7 +9,9 @@
 - ``6nd`` is 6·N·D with the N chosen beside it; that pairing is what the literature disagrees on.
 - Parts come from each run's ``costs.json``. A run without it still has ``blocks``, ``total``,
   ``exact`` and ``6nd``; what needs parts is refused and names the runs.
-- Parts are held against the recorded totals, so that the costs of another run are not believed.
+- Parts are held against the recorded totals, so that the costs of another run are not believed. Where the
+  steps of an image are drawn at random (FlexVAR), parts are means over the whole run: they add up at its end
+  alone, and before it a part is taken for the same share of C.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ Costs = Mapping[str, Mapping[str, Any]]
 """Run name -> the value of its ``costs.json``."""
 Exponent = Literal["params", "flops", "optimal"]
 PARAMS_PARTS = ("qkv", "projection", "mlp", "adaln", "adaln_shared", "biases", "embeddings", "head")
-FLOPS_PARTS = ("qkv", "projection", "mlp", "attention", "adaln", "embedding", "head")
+MAMBA_PARTS = ("conv", "scan")
+"""Parts that only runs of flexvar-mamba have; 0 for the others."""
+FLOPS_PARTS = ("qkv", "projection", "mlp", "attention", *MAMBA_PARTS, "adaln", "embedding", "head")
 BLOCKS = ("qkv", "projection", "mlp", "adaln")
 """The parts of N(d), VAR eq. 8."""
 PARAMS_CONVENTIONS = (
@@ -44,7 +48,7 @@ FLOPS_CONVENTIONS = (
 _BASES = {
     "blocks": "N: block matrices (VAR eq. 8)",
     "total": "N: all trained parameters",
-    "exact": "C: exact training FLOPs, block-causal attention",
+    "exact": "C: exact training FLOPs, attention under its mask",
     "6nd": "C: 6·N·D",
 }
 PARTS_AGREE = 1e-9
@@ -181,7 +185,10 @@ def with_conventions(
         frame["C"] = runs["flops"].astype(float)
         if of_flops.sign:
             _check_sum(runs, by_run, "exact")
-            frame["C"] -= _per_run(runs, by_run, "flops_per_image", of_flops.parts) * _images(runs, by_run)
+            left_out, every = (
+                _per_run(runs, by_run, "flops_per_image", parts) for parts in (of_flops.parts, FLOPS_PARTS)
+            )
+            frame["C"] *= 1 - left_out / every
     labels = {"N": of_params.label, "C": of_flops.label}
     if of_flops.base == "6nd" and params != "blocks":
         labels["C"] += f" (N: {of_params.label[3:]})"
@@ -206,7 +213,7 @@ def _per_run(runs: pd.DataFrame, costs: Costs, kind: str, parts: Sequence[str]) 
     """The sum of parts of every row's run."""
     by_name: dict[str, float] = {}
     for name in runs["run"].unique():
-        of_run = costs[str(name)].get(kind, {})
+        of_run = dict.fromkeys(MAMBA_PARTS, 0) | costs[str(name)].get(kind, {})
         if missing := [p for p in parts if p not in of_run]:
             raise DataError(f"costs of {name}: {kind} lacks {missing[0]}")
         if wrong := [p for p in parts if not isinstance(of_run[p], int | float)]:
@@ -229,6 +236,7 @@ def _images(runs: pd.DataFrame, costs: Costs) -> pd.Series[float]:
 
 def _check_sum(runs: pd.DataFrame, costs: Costs, base: str) -> None:
     if base == "exact":
+        runs = runs[runs["final"]] if "final" in runs else runs
         total = runs["flops"]
         parts = _per_run(runs, costs, "flops_per_image", FLOPS_PARTS) * _images(runs, costs)
     else:

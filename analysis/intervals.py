@@ -226,8 +226,9 @@ class ProfileInterval:
         log_L = np.log(offset[:, None] + np.exp(line))
         # On the log of L a step of the line counts by the reducible share; a new run adds its own noise.
         half = np.sqrt(q[:, None] * spread)
-        low = (offset[:, None] + np.exp(line - half)).min(0)
-        high = (offset[:, None] + np.exp(line + half)).max(0)
+        with np.errstate(over="ignore"):  # far beyond the data a bound may be infinite
+            low = (offset[:, None] + np.exp(line - half)).min(0)
+            high = (offset[:, None] + np.exp(line + half)).max(0)
         if observation:
             half = np.sqrt(q[:, None] * (spread * share**2 + 1))
             # Far out the law's own band, which is not linearised, may be the wider one.

@@ -76,8 +76,11 @@ def look_ahead(final: pd.DataFrame, laws: Laws, flops_column: str, level: float)
     """
     if not len(final):
         return ()
+    # Where steps are drawn at random, a seed has its own cost per token, the same at every depth.
+    seeds = set.intersection(*(set(part["seed"]) for _, part in final.groupby("depth")))
+    alike = final[final["seed"] == min(seeds)] if seeds else final
     try:
-        ladder = Ladder.from_runs(final, "params", flops_column)
+        ladder = Ladder.from_runs(alike, "params", flops_column)
     except DataError:
         return ()
     largest = int(final["depth"].max())

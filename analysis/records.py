@@ -8,10 +8,12 @@ named in ``frame.attrs["notes"]``.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scaling.records import RecordsError, RunFolder, list_runs, read_json
+from scaling.records import ListedRun, RecordsError, RunFolder, list_runs, read_sweep
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,51 +34,86 @@ FACTS = ("run", "family", "depth", "width", "seed", "schedule", "batch", "state"
 COLUMNS = (*FACTS, *NUMBERS, *LISTS)
 
 
+@dataclass(frozen=True)
+class Records:
+    """A sweep, or one family of it, as its folders hold it."""
+
+    folder: Path
+    sweep: dict[str, Any]
+    """The value of ``sweep.json``; empty without one."""
+    listed: tuple[ListedRun, ...]
+    """The runs in it."""
+    frame: pd.DataFrame
+    """As from ``load_runs``."""
+    runs: list[dict[str, Any]]
+    """Facts, config and status of every run, evaluated or not."""
+
+    @property
+    def families(self) -> list[str]:
+        """Families of the runs, in the sweep's order."""
+        return list(dict.fromkeys(str(run["family"]) for run in self.runs))
+
+    def of(self, family: str) -> Records:
+        """One family alone, with its own notes; its table may be empty."""
+        listed = tuple(run for run in self.listed if run.family == family)
+        runs = [run for run in self.runs if run["family"] == family]
+        frame = self.frame[self.frame["family"] == family].reset_index(drop=True)
+        frame.attrs = {"notes": _notes(listed, runs)}
+        return Records(self.folder, self.sweep, listed, frame, runs)
+
+
 def load_runs(sweep_folder: str | Path) -> pd.DataFrame:
     """One row per evaluation of every run of a sweep, in the sweep's order and by step.
 
     Columns: ``COLUMNS``; loss in nats per token, error 0 to 1, FLOPs exact and 6ND. ``final``
     marks the last evaluation of a run whose state is ``done``. A loss, error rate or standard error
     that was recorded as null (a diverged run; one image has no standard error) is NaN. ``attrs["notes"]``
-    says in words what is unfinished, missing or not finite.
+    says in words what is unfinished, missing or not finite. A sweep of several families is one table;
+    ``family`` tells them apart, and their lists per scale differ in length.
 
     Raises:
         RecordsError: no such folder, no runs, no evaluation at all, a record or config without
-            a column (the file and the keys are named).
+            a column (the file and the keys are named), a damaged ``sweep.json``.
     """
-    return read_sweep(sweep_folder)[0]
+    return read_records(sweep_folder).frame
 
 
-def read_sweep(sweep_folder: str | Path) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
-    """``load_runs``, and beside it the facts, config and status of every run, evaluated or not."""
+def read_records(sweep_folder: str | Path) -> Records:
+    """``load_runs``, and what lies beside it.
+
+    Raises:
+        RecordsError: as ``load_runs``.
+    """
     import pandas as pd
 
+    root = Path(sweep_folder)
     rows: list[dict[str, Any]] = []
     runs: list[dict[str, Any]] = []
-    folders = list_runs(sweep_folder)
-    notes = _gone(Path(sweep_folder), {folder.name for folder in folders})
-    for folder in folders:
+    for folder in list_runs(root):
         facts, found = _load_run(folder)
         runs.append(facts)
         rows += found
-        notes += facts["notes"]
     if not rows:
         states = ", ".join(f"{r['run']} is {r['state']}" for r in runs)
-        raise RecordsError(f"{sweep_folder}: no evaluation recorded yet ({states}); run the sweep first")
+        raise RecordsError(f"{root}: no evaluation recorded yet ({states}); run the sweep first")
+    value, listed = {}, tuple[ListedRun, ...]()
+    if (root / "sweep.json").exists():
+        record = read_sweep(root)
+        value, listed = record.value, record.runs
     frame = pd.DataFrame(rows, columns=list(COLUMNS))
-    frame.attrs["notes"] = notes
-    return frame, runs
+    frame.attrs["notes"] = _notes(listed, runs)
+    return Records(root, value, listed, frame, runs)
 
 
-def _gone(sweep: Path, found: set[str]) -> list[str]:
-    """A note on every run that sweep.json lists and that is not there."""
-    file = sweep / "sweep.json"
-    listed = read_json(file).get("runs", []) if file.exists() else []
-    return [
-        f"{name} is listed in sweep.json, but its folder or its config.json is not there; left out"
-        for name in listed
-        if name not in found
+def _notes(listed: Sequence[ListedRun], runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What sweep.json lists and is not there, and what the runs' own records lack."""
+    found = {run["run"] for run in runs}
+    gone = [
+        f"{run.run} is listed in sweep.json, but its folder or its config.json is not there; left out"
+        for run in listed
+        if run.run not in found
     ]
+    return gone + [note for run in runs for note in run["notes"]]
 
 
 def _load_run(folder: RunFolder) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -1,5 +1,7 @@
 """One report per sweep: ``report.html`` (self-contained), ``report.md``, ``fits.json``, ``figures/``.
 
+- A sweep of several families begins with their comparison; below it stands what a sweep of one family has,
+  once for each.
 - The HTML opens from disk, fetches nothing and runs no script: figures are inline SVG, pictures
   data URIs, every text escaped by jinja2. SVG colours become CSS variables, so one figure serves
   a light page, a dark one and paper.
@@ -9,27 +11,22 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
-import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from analysis import findings, plots
-from analysis.files import write_bytes
-from analysis.outlook import Outlook
-from analysis.study import Law, Study, make_study, usable
-from scaling.records import RecordsError, RunFolder, read_json, write_atomic, write_json
+from analysis import families, family_plots, fidelity, findings, plots, report_pictures, report_tables
+from analysis.families import Families
+from analysis.fidelity import Protocol
+from analysis.files import plain, write_bytes
+from analysis.study import LEVEL, Law, Study, make_studies, usable
+from scaling.records import write_atomic, write_json
 
-ROUNDING = 1e-9
-"""An exponent that moves by less has not moved."""
-OUTLOOK = ("loss_last_plain", "loss_last_offset", "loss_avg_plain", "loss_avg_offset")
-PICTURE_BYTES = 400_000
-"""A picture above this is embedded as a smaller JPEG; the file itself stays where it is."""
+Figures = Iterator[tuple[str, str, Callable[[], Any]]]
+"""Name, caption and maker of figures."""
 
 
 def make_report(sweep_folder: str | Path, flops: Literal["flops", "flops_6nd"] = "flops") -> Path:
@@ -40,52 +37,64 @@ def make_report(sweep_folder: str | Path, flops: Literal["flops", "flops_6nd"] =
         flops: which compute the axes and laws over C use, exact or 6·N·D.
 
     Raises:
-        RecordsError: as ``analysis.study.make_study``.
+        RecordsError: as ``analysis.study.make_studies``.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
-    study = make_study(sweep_folder, flops)
-    notes = list(study.notes)
-    tokenizer, samples = _tokenizer(study, notes), _samples(study, notes)
-    target = study.folder / "report"
+    studies = make_studies(sweep_folder, flops)
+    first = next(iter(studies.values()))
+    compared = families.compare_families(studies) if len(studies) > 1 else None
+    measured = fidelity.read_fidelity(first.folder, [run for study in studies.values() for run in study.runs])
+    pictures_notes: list[str] = []
+    tokenizers = report_pictures.tokenizers(studies.values(), pictures_notes)
+    parts = [_part(study, compared is not None, pictures_notes) for study in studies.values()]
+    notes = [note for note in first.notes if all(note in study.notes for study in studies.values())]
+    for part, study in zip(parts, studies.values(), strict=True):
+        part["notes"] = [note for note in study.notes if note not in notes]
+    target = first.folder / "report"
     figures = target / "figures"
     figures.mkdir(parents=True, exist_ok=True)
+    palette = _palette(list(studies.values()))
     drawn: dict[str, dict[str, Any]] = {}
     with plots.styled():
-        for name, caption, make in _figures(study):
+        for name, caption, make in _all_figures(studies, compared, measured):
             fig = make()
             svg = plots.to_svg(fig)
             write_atomic(figures / f"{name}.svg", svg)
             write_bytes(figures / f"{name}.png", plots.to_png(fig))
-            drawn[name] = {"caption": caption, "svg": Markup(_inline(svg, name, study))}
+            drawn[name] = {"caption": caption, "svg": Markup(_inline(svg, name, palette))}
     for stale in figures.iterdir():
         if stale.stem not in drawn and stale.suffix in (".svg", ".png"):
             stale.unlink()
-    write_json(target / "fits.json", study.to_json())
-    laws = [_law_row(row) for row in study.laws]
-    methods = list(dict.fromkeys(row["method"] for row in laws if row["method"]))
-    for row in laws:
-        row["mark"] = "abcdefghijklmnopqrstuvwxyz"[methods.index(row["method"])] if row["method"] else ""
+    for part in parts:
+        part["groups"] = _groups(drawn, part["prefix"])
+    value = {
+        "sweep": first.name,
+        "commit": first.sweep.get("commit"),
+        "flops_convention": flops,
+        "level": LEVEL,
+        "families": {family: study.to_json() for family, study in studies.items()},
+        "comparison": compared.to_json() if compared else None,
+        "fidelity": fidelity.to_json(measured),
+    }
+    write_json(target / "fits.json", plain(value))
     context = {
-        "study": study,
-        "notes": notes,
+        "name": first.name,
+        "several": compared is not None,
+        "headline": families.headline(compared) if compared else findings.headline(first),
+        "notes": [*notes, *pictures_notes],
+        "comparison": _comparison(compared, drawn),
+        "fidelity": _fidelity(measured, list(studies), drawn),
+        "parts": parts,
         "figures": drawn,
-        "groups": _groups(drawn),
-        "headline": findings.headline(study),
-        "sentences": findings.sentences(study),
-        "runs": _run_rows(study),
-        "laws": laws,
-        "methods": list(zip("abcdefghijklmnopqrstuvwxyz", methods, strict=False)),
-        "forecasts": _forecast_rows(study),
-        "outlook": _outlook_rows(study.outlook),
-        "conventions": _convention_rows(study),
-        "tokenizer": tokenizer,
-        "samples": samples,
-        "recipe": json.dumps(study.sweep.get("recipe", _config(study)), indent=2, ensure_ascii=False),
-        "command": study.sweep.get("command") or "not recorded",
-        "commit": study.sweep.get("commit") or "not recorded",
-        "colours": _css_colours(study),
+        "tokenizers": tokenizers,
+        "recipe": json.dumps(
+            first.sweep.get("recipe", first.runs[0]["config"]), indent=2, ensure_ascii=False
+        ),
+        "command": first.sweep.get("command") or "not recorded",
+        "commit": first.sweep.get("commit") or "not recorded",
+        "colours": sorted(palette.values()),
         "compute": plots.X_LABELS[flops],
     }
     environment = Environment(
@@ -100,10 +109,91 @@ def make_report(sweep_folder: str | Path, flops: Literal["flops", "flops_6nd"] =
     return target / "report.html"
 
 
+def _part(study: Study, several: bool, notes: list[str]) -> dict[str, Any]:
+    """One family's share of the page, but for its figures and notes."""
+    laws, methods = report_tables.law_rows(study)
+    return {
+        "study": study,
+        "prefix": f"{study.family}-" if several else "",
+        "headline": findings.headline(study),
+        "sentences": findings.sentences(study),
+        "runs": report_tables.run_rows(study),
+        "laws": laws,
+        "methods": methods,
+        "forecasts": report_tables.forecast_rows(study),
+        "outlook": report_tables.outlook_rows(study.outlook),
+        "conventions": report_tables.convention_rows(study),
+        "samples": report_pictures.samples(study, notes),
+    }
+
+
+def _comparison(found: Families | None, drawn: dict[str, Any]) -> dict[str, Any] | None:
+    if found is None:
+        return None
+    return {
+        "notes": found.notes,
+        "figures": [name for name in drawn if name.startswith(COMPARED)],
+        "exponents": report_tables.exponent_rows(found),
+        "pairs": report_tables.pair_rows(found),
+    }
+
+
+def _fidelity(
+    measured: Sequence[Protocol], names: Sequence[str], drawn: dict[str, Any]
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "label": protocol.label,
+            "figures": [name for name in drawn if name.startswith(f"{MEASURED}{number}_")],
+            "rows": report_tables.fidelity_rows(protocol, names),
+        }
+        for number, protocol in enumerate(measured, 1)
+    ]
+
+
 # -- figures ---------------------------------------------------------------------------------
 
 
-def _figures(study: Study) -> Iterator[tuple[str, str, Callable[[], Any]]]:
+COMPARED, MEASURED = "families", "fid"
+"""What the names of figures of several families, and of generation metrics, begin with."""
+
+
+def _all_figures(
+    studies: dict[str, Study], compared: Families | None, measured: Sequence[Protocol]
+) -> Figures:
+    names, flops = list(studies), next(iter(studies.values())).flops
+    for number, group in enumerate(compared.shared if compared else (), 1):
+        caption = (
+            f"Loss of the last map, {group.side}×{group.side} tokens that are the same for "
+            f"{families.listed(group.families)}: final value of every finished run against N, and every run "
+            "against compute with each family's Pareto frontier; each family's own law, without offset."
+        )
+        if any(len(study.final(families.QUANTITY)) for study in group.studies):
+            make: Callable[[], Any] = partial(family_plots.params_figure, group, names)
+            yield f"{COMPARED}{number}_{families.QUANTITY}_vs_params", caption, make
+        if any(len(study.frontiers[families.QUANTITY, "pareto"].x) for study in group.studies):
+            make = partial(family_plots.compute_figure, group, names)
+            yield f"{COMPARED}{number}_{families.QUANTITY}_vs_compute", caption, make
+    for number, protocol in enumerate(measured, 1):
+        if fidelity.drawn(protocol):
+            yield (
+                f"{MEASURED}{number}_vs_params",
+                f"Fréchet distance, {protocol.label}: the latest measurement of every run against N, every "
+                "measurement against compute.",
+                partial(family_plots.fid_figure, protocol, "params", names),
+            )
+            yield (
+                f"{MEASURED}{number}_vs_compute",
+                "",
+                partial(family_plots.fid_figure, protocol, flops, names),
+            )
+    for study in studies.values():
+        prefix = f"{study.family}-" if compared else ""
+        for name, caption, make in _figures(study):
+            yield prefix + name, caption, make
+
+
+def _figures(study: Study) -> Figures:
     """Name, caption and maker of every figure that the records can fill."""
     frame, flops = study.frame, study.flops
     for quantity in plots.QUANTITIES:
@@ -171,9 +261,19 @@ def _convention(study: Study) -> str:
     return exact if study.flops == "flops" else "the approximation 6·N·D"
 
 
-def _groups(drawn: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
+def _scales(study: Study) -> list[int]:
+    """Sides of the token maps that every run has; empty where there is one, or runs differ."""
+    found = {tuple(run["config"]["model"].get("scales", [])) for run in study.runs}
+    lengths = {len(v) for v in study.frame["loss_scales"]}
+    scales = found.pop()
+    return list(scales) if not found and lengths == {len(scales)} and len(scales) > 1 else []
+
+
+def _groups(drawn: dict[str, dict[str, Any]], prefix: str) -> dict[str, list[str]]:
+    """A family's figures by section."""
+    known = {f"{prefix}{quantity}" for quantity in (*plots.QUANTITIES, "loss", "error")}
     return {
-        part: [name for name in drawn if name.endswith(ending)]
+        part: [n for n in drawn if n.endswith(ending) and n.removesuffix(ending) in known]
         for part, ending in (
             ("size", "_vs_params"), ("compute", "_vs_compute"), ("forecast", "_forecast"),
             ("curves", "_curves"), ("scale", "_by_scale"),
@@ -181,31 +281,29 @@ def _groups(drawn: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
     }  # fmt: skip
 
 
-def _palette(study: Study) -> dict[str, tuple[str, str, str]]:
+def _palette(studies: Sequence[Study]) -> dict[str, tuple[str, str, str]]:
     """Light hex -> (CSS name, light, dark)."""
-    depths = study.frame["depth"].nunique()
     found = {
         plots.INK: ("ink", plots.INK, "#e8eaed"), plots.MUTED: ("muted", plots.MUTED, "#9aa3ad"),
         plots.GRID: ("grid", plots.GRID, "#31363d"), plots.PAPER: ("paper", plots.PAPER, "#16191d"),
         plots.PLAIN: ("plain", plots.PLAIN, "#5db5ef"), plots.OFFSET: ("offset", plots.OFFSET, "#f29157"),
     }  # fmt: skip
-    pairs = zip(plots.depth_colours(depths), plots.depth_colours(depths, dark=True), strict=True)
-    for i, (light, dark) in enumerate(pairs):
-        found.setdefault(light, (f"d{i}", light, dark))
+    for i, (light, dark, _) in enumerate(family_plots.LOOKS):
+        found[light] = (f"f{i}", light, dark)
+    for depths in sorted({study.frame["depth"].nunique() for study in studies}):
+        pairs = zip(plots.depth_colours(depths), plots.depth_colours(depths, dark=True), strict=True)
+        for i, (light, dark) in enumerate(pairs):
+            found.setdefault(light, (f"d{i}of{depths}", light, dark))
     return found
 
 
-def _css_colours(study: Study) -> list[tuple[str, str, str]]:
-    return sorted(_palette(study).values())
-
-
-def _inline(svg: str, name: str, study: Study) -> str:
+def _inline(svg: str, name: str, palette: dict[str, tuple[str, str, str]]) -> str:
     """The SVG element alone, ids made unique on the page, colours as CSS variables."""
     body = svg[svg.index("<svg") :]
     body = re.sub(r'\bid="', f'id="{name}-', body)
     body = re.sub(r"url\(#", f"url(#{name}-", body)
     body = re.sub(r'href="#', f'href="#{name}-', body)
-    for light, (variable, _, _) in _palette(study).items():
+    for light, (variable, _, _) in palette.items():
         body = body.replace(light, f"var(--{variable})")
     # Presentation attributes do not read CSS variables; matplotlib writes styles except for a few fills.
     body = re.sub(r'\b(fill|stroke)="(var\([^"]*\))"', r'style="\1: \2"', body)
@@ -213,209 +311,7 @@ def _inline(svg: str, name: str, study: Study) -> str:
     return re.sub(r"<svg ", f'<svg role="img" aria-label="{name.replace("_", " ")}" ', body, count=1)
 
 
-# -- tables ----------------------------------------------------------------------------------
-
-
-def _run_rows(study: Study) -> list[dict[str, Any]]:
-    rows = []
-    for run in sorted(study.runs, key=lambda r: (r["depth"], r["seed"])):
-        part = study.frame[study.frame["run"] == run["run"]]
-        row: dict[str, Any] = {
-            "run": run["run"],
-            "depth": run["depth"],
-            "seed": run["seed"],
-            "state": run["state"],
-        }
-        last = part.iloc[-1] if len(part) else None
-        for key in ("params", "tokens", "flops", "flops_6nd"):
-            row[key] = "–" if last is None else plots.number(float(f"{last[key]:.4g}"))
-        row["epochs"] = "–" if last is None else f"{last['epochs']:.3g}"
-        for key in plots.QUANTITIES:
-            row[key] = "–" if last is None else _with_error(last[key], last[key + "_se"])
-        rows.append(row)
-    return rows
-
-
-def _with_error(value: float, error: float) -> str:
-    """A single validation image has no standard error."""
-    return f"{value:.4f}" if math.isnan(error) else f"{value:.4f} ± {error:.4f}"
-
-
-def _law_row(row: Law) -> dict[str, Any]:
-    over = {"params": "N", "flops": "C", "flops_6nd": "C (6ND)"}[row.x]
-    points = {"final": "final", "pareto": "Pareto set", "hull": "log-log hull"}[row.points]
-    cells = {
-        "quantity": plots.QUANTITIES[row.quantity][0], "x": over, "points": points, "drawable": row.drawable,
-        "form": f"L∞ + (β{over[0]})^α" if row.offset else f"(β{over[0]})^α",
-        "status": "converged" if row.drawable else row.status,
-        "alpha": "–", "beta": "–", "offset": "–", "pearson": "–", "n": "–", "method": "",
-    }  # fmt: skip
-    law = row.law
-    if law is None:
-        return cells
-    cells["pearson"], cells["n"] = f"{law.pearson:.4f}", f"{len(law.x)} ({law.groups})"
-    if not law.converged:
-        return cells
-    why = law.no_interval()
-    bounds = {} if why else law.interval()
-    cells["method"] = f"no interval: {why}" if why else law.interval_method
-    cells["alpha"] = _with_interval(law.alpha, bounds.get("alpha"))
-    cells["beta"] = _big(law.log_beta)
-    if row.offset:
-        cells["offset"] = _with_interval(law.offset, bounds.get("offset"))
-    return cells
-
-
-def _outlook_rows(outlook: tuple[Outlook, ...]) -> list[dict[str, str]]:
-    """A row per depth, a cell per loss and form."""
-    rows: dict[int, dict[str, str]] = {}
-    for o in outlook:
-        start = {"depth": f"d{o.depth}", "params": plots.number(float(f"{o.params:.4g}"))}
-        start["flops"] = plots.number(float(f"{o.flops:.3g}"))
-        cells = rows.setdefault(o.depth, start | dict.fromkeys(OUTLOOK, "–"))
-        cells[f"{o.quantity}_{'offset' if o.offset else 'plain'}"] = (
-            f"{o.value:.4f} [{o.low:.5g}, {o.high:.5g}]"
-        )
-    return list(rows.values())
-
-
-def _convention_rows(study: Study) -> list[dict[str, str]]:
-    rows = []
-    for row in study.conventions:
-        fitted = math.isfinite(row["exponent"])
-        rows.append(
-            {
-                "axis": row["N"] if row["x"] == "params" else row["C"],
-                "points": "final losses" if row["x"] == "params" else "Pareto set",
-                "alpha": _with_interval(row["exponent"], (row["low"], row["high"])) if fitted else "–",
-                "moved": f"{row['moved']:+.2g}" if fitted and abs(row["moved"]) > ROUNDING else "–",
-                "status": row["status"],
-            }
-        )
-    return rows
-
-
-def _with_interval(value: float, bounds: tuple[float, float] | None) -> str:
-    if bounds is None:
-        return f"{value:.4g}"
-    return f"{value:.4g} [{bounds[0]:.4g}, {bounds[1]:.4g}]"
-
-
-def _big(log_value: float) -> str:
-    """exp(log_value) as m×10ⁿ, also beyond the range of floats."""
-    exponent = math.floor(log_value / math.log(10))
-    mantissa = math.exp(log_value - exponent * math.log(10))
-    return f"{mantissa:.2f}×{plots.number(10.0**4)[:2]}{str(exponent).translate(plots._SUPER)}"
-
-
-def _forecast_rows(study: Study) -> list[dict[str, Any]]:
-    rows = []
-    for quantity, found in study.forecasts.items():
-        for offset, f in found:
-            row: dict[str, Any] = {
-                "quantity": plots.QUANTITIES[quantity][0], "form": "with offset" if offset else "power law",
-                "fitted": f.trained, "actual": f"{f.actual:.4f}", "status": f.law.status,
-                "predicted": "–", "error": "–", "covered": "–",
-            }  # fmt: skip
-            if f.law.converged:
-                row |= {
-                    "predicted": f"{f.predicted:.4f} [{f.low:.5g}, {f.high:.5g}]",
-                    "error": f"{f.error:+.2%}", "covered": f.verdict, "status": "converged",
-                }  # fmt: skip
-            rows.append(row)
-    return rows
-
-
-# -- what lies beside the records --------------------------------------------------------------
-
-
-def _config(study: Study) -> dict[str, Any]:
-    config: dict[str, Any] = study.runs[0]["config"]
-    return config
-
-
-def _scales(study: Study) -> list[int]:
-    scales = _config(study)["model"].get("scales", [])
-    counts = {len(v) for v in study.frame["loss_scales"]}
-    return list(scales) if counts == {len(scales)} else []
-
-
-def _tokenizer(study: Study, notes: list[str]) -> dict[str, Any]:
-    """Facts and pictures of the tokenizer that the sweep names; ``missing`` says what is not there."""
-    link = study.sweep.get("tokenizer")
-    if link is None:
-        return {"missing": "sweep.json names no tokenizer", "picture": None, "facts": [], "scales": []}
-    root = study.folder.resolve().parent
-    folder = (study.folder / str(link)).resolve()
-    if not folder.is_relative_to(root):
-        raise RecordsError(f"{study.folder / 'sweep.json'}: tokenizer {link!r} lies outside {root.name}/")
-    known: dict[str, Any] = {}
-    for record in RunFolder(folder).metrics():
-        known |= {k: v for k, v in record.items() if k not in ("kind", "step")}
-    description = folder / "tokenizer" / "tokenizer.json"
-    missing = "" if description.exists() else f"the tokenizer {folder.name} is not finished or not kept here"
-    facts = read_json(description) if description.exists() else {}
-    known |= facts.get("facts", {})
-    wanted = ("psnr", "ssim", "usage", "perplexity", "steps")
-    scalars = [
-        (key, f"{value:.4g}")
-        for key, value in sorted(known.items())
-        if isinstance(value, int | float) and not isinstance(value, bool) and any(w in key for w in wanted)
-    ]
-    lists = {
-        key: value for key, value in sorted(known.items())
-        if isinstance(value, list) and ("usage" in key or "perplexity" in key)
-        and all(isinstance(v, int | float) for v in value)
-    }  # fmt: skip
-    sides = _config(study)["model"].get("scales", [])
-    table = [
-        {"scale": f"{side}×{side}", "values": [f"{column[i]:.3g}" for column in lists.values()]}
-        for i, side in enumerate(sides)
-        if all(len(column) == len(sides) for column in lists.values())
-    ]
-    return {
-        "missing": missing, "name": folder.name, "facts": scalars, "columns": list(lists), "scales": table,
-        "hash": facts.get("content_hash", ""),
-        "picture": _picture(folder / "reconstructions.png", notes),
-        "path": f"../{link}/reconstructions.png",
-    }  # fmt: skip
-
-
-def _samples(study: Study, notes: list[str]) -> list[dict[str, Any]]:
-    found = []
-    for run in sorted(study.runs, key=lambda r: (r["depth"], r["seed"])):
-        file = study.folder / run["run"] / "samples.png"
-        found.append(
-            {
-                "depth": run["depth"],
-                "seed": run["seed"],
-                "picture": _picture(file, notes),
-                "path": f"../{run['run']}/samples.png",
-            }
-        )
-    return found
-
-
-def _picture(file: Path, notes: list[str]) -> str | None:
-    """A data URI, or None when there is no such file, or a damaged one, which is noted."""
-    if not file.exists():
-        return None
-    data, kind = file.read_bytes(), "png"
-    if len(data) > PICTURE_BYTES:
-        from PIL import Image
-
-        try:
-            with Image.open(file) as picture:
-                small = picture.convert("RGB")
-        # Pillow's words for a torn file, a torn compressed part, and a size that only an attack has.
-        except (OSError, ValueError, Image.DecompressionBombError):
-            notes.append(f"{file.parent.name}/{file.name} is damaged or too large; left out")
-            return None
-        small.thumbnail((1600, 1600))
-        buffer = io.BytesIO()
-        small.save(buffer, "JPEG", quality=85)
-        data, kind = buffer.getvalue(), "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+# -- text -------------------------------------------------------------------------------------
 
 
 def _markdown(text: Any) -> str:

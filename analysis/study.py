@@ -1,6 +1,7 @@
-"""Everything that a sweep's records say in numbers: laws, frontiers, forecasts, and what weakens them.
+"""Everything that the records of one family say in numbers: laws, frontiers, forecasts, what weakens them.
 
-The report only words and draws what is here; ``Study.to_json`` is ``fits.json``.
+The report only words and draws what is here. A sweep of several families has a study of each
+(``make_studies``); ``analysis.families`` compares them.
 
 - Laws over N use the last evaluation of every finished run. Where a depth has several seeds,
   depths are the independent units (``analysis.seeds``).
@@ -11,7 +12,7 @@ The report only words and draws what is here; ``Study.to_json`` is ``fits.json``
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,10 +27,10 @@ from analysis.forecast import Forecast, backtest
 from analysis.frontier import Frontier, pareto_frontier
 from analysis.outlook import Outlook, look_ahead
 from analysis.powerlaw import PowerLaw, fit_power_law
-from analysis.records import QUANTITIES, read_sweep
+from analysis.records import QUANTITIES, Records, read_records
 from analysis.seeds import fit_seeds
 from analysis.tidy import repeated_data
-from scaling.records import RecordsError, RunFolder, read_json
+from scaling.records import ListedRun, RecordsError, RunFolder
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -73,10 +74,13 @@ class Law:
 
 @dataclass(frozen=True)
 class Study:
-    """A sweep, read and fitted."""
+    """One family of a sweep, read and fitted."""
 
     folder: Path
     sweep: dict[str, Any]
+    family: str
+    listed: tuple[ListedRun, ...]
+    """The family's runs as ``sweep.json`` lists them; none without one."""
     frame: pd.DataFrame
     runs: list[dict[str, Any]]
     """Facts, config and status of every run, those without an evaluation too."""
@@ -119,7 +123,7 @@ class Study:
         return look_ahead(self.finished, self.law, self.flops, LEVEL)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, with null where a number is not finite."""
+        """Plain values, with null where a number is not finite: the family's part of ``fits.json``."""
         forecasts = [
             {
                 "quantity": quantity, "offset": offset, "hidden_params": f.x, "fitted_on": f.trained,
@@ -132,10 +136,6 @@ class Study:
         ]  # fmt: skip
         value: dict[str, Any] = plain(
             {
-                "sweep": self.name,
-                "commit": self.sweep.get("commit"),
-                "flops_convention": self.flops,
-                "level": LEVEL,
                 "laws": [_law_json(row) for row in self.laws],
                 "forecasts": forecasts,
                 "conventions": list(self.conventions),
@@ -156,22 +156,53 @@ def _finished(frame: pd.DataFrame) -> pd.DataFrame:
     return frame[frame["final"]].sort_values(["params", "seed"], kind="stable")
 
 
-def make_study(sweep_folder: str | Path, flops: Literal["flops", "flops_6nd"] = "flops") -> Study:
-    """Read a sweep and fit everything.
+def make_study(
+    sweep_folder: str | Path, flops: Literal["flops", "flops_6nd"] = "flops", family: str | None = None
+) -> Study:
+    """Read one family of a sweep and fit everything.
 
     Args:
         sweep_folder: runs/<sweep>.
         flops: the compute convention of every law over C: exact, or 6·N·D.
+        family: needed where the sweep has several.
 
     Raises:
-        RecordsError: as ``load_runs``; or runs of more than one family, whose laws are not one.
+        RecordsError: as ``load_runs``; several families and none chosen, or none of that name.
     """
-    folder = Path(sweep_folder)
-    frame, runs = read_sweep(folder)
-    families = sorted(frame["family"].unique())
-    if len(families) > 1:
-        raise RecordsError(f"{folder}: runs of several families ({', '.join(families)}); a sweep has one")
-    sweep = read_json(folder / "sweep.json") if (folder / "sweep.json").exists() else {}
+    records = read_records(sweep_folder)
+    families = records.families
+    if family is None and len(families) > 1:
+        raise RecordsError(
+            f"{records.folder}: runs of several families ({', '.join(families)}), whose laws are not one; "
+            "name one of them (family=…)"
+        )
+    if family is not None and family not in families:
+        raise RecordsError(f"{records.folder}: no runs of family '{family}'; there are {', '.join(families)}")
+    return study_of(records.of(family or families[0]), flops)
+
+
+def make_studies(
+    sweep_folder: str | Path, flops: Literal["flops", "flops_6nd"] = "flops"
+) -> dict[str, Study]:
+    """A study of every family of a sweep that has an evaluation, in the sweep's order.
+
+    Raises:
+        RecordsError: as ``load_runs``.
+    """
+    records = read_records(sweep_folder)
+    parts = {family: records.of(family) for family in records.families}
+    return {family: study_of(part, flops) for family, part in parts.items() if len(part.frame)}
+
+
+def study_of(records: Records, flops: Literal["flops", "flops_6nd"]) -> Study:
+    """Fit everything to the records of one family.
+
+    Raises:
+        RecordsError: none of its runs has been evaluated.
+    """
+    folder, frame = records.folder, records.frame
+    if not len(frame):
+        raise RecordsError(f"{folder}: no evaluation of {', '.join(records.families)} recorded yet")
     laws: list[Law] = []
     frontiers: dict[tuple[str, str], Frontier] = {}
     for quantity in QUANTITIES:
@@ -189,10 +220,11 @@ def make_study(sweep_folder: str | Path, flops: Literal["flops", "flops_6nd"] = 
                 laws.append(Law(quantity, flops, kind, offset, law, problem))
     forecasts, problems = _forecasts(frame)
     conventions, lacking = _conventions(folder, frame)
-    notes = (*frame.attrs["notes"], *_unreadable(folder, sweep), *_cautions(frame), *lacking)
+    notes = (*frame.attrs["notes"], *_unreadable(records), *_cautions(frame), *lacking)
     return Study(
-        folder, sweep, frame, runs, flops, tuple(laws), frontiers, forecasts, problems, conventions, notes
-    )
+        folder, records.sweep, records.families[0], records.listed, frame, records.runs, flops, tuple(laws),
+        frontiers, forecasts, problems, conventions, notes,
+    )  # fmt: skip
 
 
 def _conventions(folder: Path, frame: pd.DataFrame) -> tuple[tuple[dict[str, Any], ...], list[str]]:
@@ -221,12 +253,10 @@ def _convention_rows(good: pd.DataFrame, costs: Costs | None) -> tuple[dict[str,
     return tuple(found)
 
 
-def _unreadable(folder: Path, sweep: Mapping[str, Any]) -> Iterator[str]:
-    """Images that the token cache had to leave out, if it is kept beside the sweep."""
-    root = folder.resolve().parent
-    tokens = (folder / str(sweep.get("tokens", "."))).resolve()
-    if tokens.is_relative_to(root):
-        for split, count in RunFolder(tokens).unreadable().items():
+def _unreadable(records: Records) -> Iterator[str]:
+    """Images that the token caches had to leave out, if they are kept beside the sweep."""
+    for link in dict.fromkeys(run.tokens for run in records.listed):
+        for split, count in RunFolder(records.folder / link).unreadable().items():
             yield f"unreadable {split} images left out of the tokens: {count}"
 
 

@@ -342,7 +342,7 @@ class RunConfig:
         wanted = "residual" if model.family == "var" else "scalable"
         require(
             tok.quantizer == wanted,
-            f"family '{model.family}' needs tokenizer.quantizer '{wanted}', got '{tok.quantizer}'",
+            f"tokenizer.quantizer must be '{wanted}' for family '{model.family}', got '{tok.quantizer}'",
         )
         if model.family == "var":
             require(

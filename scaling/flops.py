@@ -7,6 +7,10 @@ Conventions (DESIGN, "Words and units"):
 - adaLN is a third of N, but its matrices see one vector per image, not one per token, so it is
   next to no compute and ``flops_6nd`` overstates C by about half.
 - Attention counts the pairs that the mask allows; ``masked=False`` counts all L².
+- flexvar-mamba has no attention. With E channels its ``qkv`` are the matrices before the scan (2·w·E into the
+  channels, 2·E·(R + S) to Δ, B and C and out to Δ, with R = ⌈w/16⌉ and S numbers of state), its
+  ``projection`` the one after (w·E), so that at E = 2·w, S = 16 params is (20.25·w² + 64·w)·d. ``conv`` and
+  ``scan`` are parts of their own; torch's counter does not see the scan.
 - Norms, softmax, biases and pointwise functions are not counted, as in torch's own counter.
 - A run with random steps (FlexVAR) is counted step by step: ``spent``.
 - Tests hold all of this to torch's count on the meta device at depths 1 to 36.
@@ -30,7 +34,7 @@ _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 def params(model: ModelConfig) -> int:
-    """N: parameters of the blocks' matrices (qkv 3w², projection w², MLP 8w², a layer's own adaLN 6w²)."""
+    """N: the blocks' matrices (qkv 3w², projection w², MLP 8w², a layer's own adaLN 6w²; Mamba: above)."""
     parts = params_by_part(model)
     return sum(parts[part] for part in N_PARTS)
 
@@ -43,19 +47,20 @@ def params_total(model: ModelConfig) -> int:
 def params_by_part(model: ModelConfig) -> dict[str, int]:
     """Every trained parameter by what it belongs to; the parts of ``N_PARTS`` add up to N.
 
-    ``biases`` are all vectors of the blocks: biases, the learned vectors of a shared adaLN or of plain layer
-    norms, the scales of the attention heads. ``head`` has the norm before it.
+    ``biases`` is what else the blocks have: biases, the learned vectors of a shared adaLN or of plain layer
+    norms, the scales of the attention heads, what a Mamba has per channel. ``head`` has the norm before it.
     """
     w, d = model.width, model.depth
     vectors = (
-        (2 * w + w + model.mlp_ratio * w + w)  # q and v; projection; two MLP layers
+        _mixer_vectors(model)
+        + (model.mlp_ratio * w + w)  # two MLP layers
         + (4 if model.adaln == "none" else 6) * w  # two layer norms; or adaLN's bias or learned offsets
-        + (model.heads if model.qk_norm else 0)
     )
+    before, after = _mixer_matrices(model)
     norm = 2 * w if model.adaln == "none" else 2 * w**2 + 2 * w
     return {
-        "qkv": 3 * w**2 * d,
-        "projection": w**2 * d,
+        "qkv": before * d,
+        "projection": after * d,
         "mlp": 2 * model.mlp_ratio * w**2 * d,
         "adaln": 6 * w**2 * d if model.adaln == "own" else 0,
         "adaln_shared": 6 * w**2 + 6 * w if model.adaln == "shared" else 0,
@@ -63,6 +68,27 @@ def params_by_part(model: ModelConfig) -> dict[str, int]:
         "embeddings": _embedding_params(model),
         "head": norm + w * model.vocab + model.vocab,
     }
+
+
+def _mixer_matrices(model: ModelConfig) -> tuple[int, int]:
+    """(parameters before the mixing, after it) of one layer's mixer."""
+    w = model.width
+    if model.family == "flexvar-mamba":
+        channels, rank = model.ssm_expand * w, delta_rank(w)
+        return channels * (2 * w + (rank + 2 * model.ssm_state) + rank), channels * w
+    return 3 * w**2, w**2
+
+
+def _mixer_vectors(model: ModelConfig) -> int:
+    """Parameters of one layer's mixer that are no matrices."""
+    if model.family == "flexvar-mamba":  # taps and their bias; Δ's bias; A; D
+        return model.ssm_expand * model.width * ((model.ssm_conv + 1) + 1 + model.ssm_state + 1)
+    return 2 * model.width + model.width + (model.heads if model.qk_norm else 0)  # q and v; projection
+
+
+def delta_rank(width: int) -> int:
+    """The rank of Δ's matrix in a Mamba, ⌈w/16⌉ (2312.00752)."""
+    return -(-width // 16)
 
 
 def _embedding_params(model: ModelConfig) -> int:
@@ -86,6 +112,17 @@ def attention_pairs(sizes: Sequence[Size], masked: bool = True) -> int:
     return pairs if masked else total * total
 
 
+def scan_flops(tokens: int, channels: int, states: int) -> int:
+    """Additions and multiplications of a selective scan over one image's tokens.
+
+    Per token, channel and number of state: Δ·A, (Δu)·B, one multiply-add of the recurrence, one with C,
+    6 in all; per token and channel Δ·u and a multiply-add with D, 3. The exponential is pointwise and not
+    counted, as everywhere here. It is the work of the recurrence itself: what a parallel form does more is
+    no more counted than masked attention pairs.
+    """
+    return tokens * channels * (6 * states + 3)
+
+
 def forward_flops(model: ModelConfig, masked: bool = True, sizes: Sequence[Size] | None = None) -> int:
     """FLOPs of one image's forward pass.
 
@@ -107,11 +144,21 @@ def forward_flops_by_part(
         pairs, embedding = (L * (L + 1) // 2 if masked else L * L), 0
     else:
         pairs, embedding = attention_pairs(sizes, masked), 2 * model.latent_channels * w * (L - first)
+    before, after = _mixer_matrices(model)
+    if model.family == "flexvar-mamba":
+        channels = model.ssm_expand * w
+        mixing = {
+            "attention": 0,
+            "conv": 2 * model.ssm_conv * channels * L * d,
+            "scan": scan_flops(L, channels, model.ssm_state) * d,
+        }
+    else:
+        mixing = {"attention": 4 * w * pairs * d}  # q·k and weights·v
     return {
-        "qkv": 6 * w**2 * L * d,
-        "projection": 2 * w**2 * L * d,
+        "qkv": 2 * before * L * d,
+        "projection": 2 * after * L * d,
         "mlp": 4 * model.mlp_ratio * w**2 * L * d,
-        "attention": 4 * w * pairs * d,  # q·k and weights·v
+        **mixing,
         "adaln": 12 * w**2 * {"own": d, "shared": 1, "none": 0}[model.adaln],  # once per image
         "embedding": embedding,
         "head": (0 if model.adaln == "none" else 4 * w**2) + 2 * w * model.vocab * L,
@@ -188,12 +235,15 @@ def train_memory(model: ModelConfig, micro_batch: int, precision: str = "bf16") 
     Weights, gradients and two Adam moments in fp32, plus saved activations. Per token and layer the
     backward pass keeps about: the block input, two norms, two modulated inputs, q, k, v, normalised
     q and k, attention output, projection, MLP hidden before and after GELU, MLP output - 5 fp32 and
-    18 autocast widths - and with a materialised mask none of the L² scores. The head keeps the
-    logits, their softmax and its gradient in fp32.
+    18 autocast widths - and with a materialised mask none of the L² scores. A Mamba keeps in place of the 7
+    from q to projection its input and, per channel, about 3 fp32 and 8 autocast numbers. The head keeps
+    the logits, their softmax and its gradient in fp32.
     """
     low = _BYTES[precision]
     state = 16 * params_total(model) + (2 * params(model) if low == 2 else 0)
-    per_token = model.depth * model.width * (5 * 4 + 18 * low)
+    mamba = model.family == "flexvar-mamba"
+    mixer = model.ssm_expand * (3 * 4 + 8 * low) + low if mamba else 7 * low
+    per_token = model.depth * model.width * (5 * 4 + 11 * low + mixer)
     head = 3 * 4 * model.vocab + 3 * 4 * model.width
     return state + micro_batch * model.seq_len * (per_token + head)
 

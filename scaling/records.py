@@ -8,7 +8,8 @@
     <folder>/data.json         fingerprint of the images that a tokenizer or a token cache is made from
     <folder>/checkpoints/      step-<n>/ folders of safetensors and JSON (scaling.checkpoint)
 
-The same layout serves tokenizer runs, token caches and transformer runs. No torch.
+The same layout serves tokenizer runs, token caches and transformer runs. No torch. A sweep's folder holds
+``sweep.json`` beside its runs, with the list of them (``read_sweep``).
 
 A job of several processes has one that writes ``status.json``, over and over; an error of another one
 would be lost between its reading and its writing. So a failure has a file of its own, that only the first
@@ -20,6 +21,8 @@ Kinds of lines in ``metrics.jsonl`` of a transformer run (DESIGN's words and uni
     {"kind": "eval", "step", "params", "params_total", "tokens", "unique_tokens", "epochs", "flops",
      "flops_6nd", "loss_avg", "loss_avg_se", "loss_last", "loss_last_se", "error_avg", "error_avg_se",
      "error_last", "error_last_se", "loss_scales": [...], "error_scales": [...], "eval_images"}
+    {"kind": "fidelity", "step", "params", "tokens", "flops", "fid", "is", "is_std", "precision", "recall",
+     "extractor", "images", "reference", "guidance", "top_k", "top_p"}
 """
 
 from __future__ import annotations
@@ -32,9 +35,12 @@ import os
 import time
 import uuid
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+SAME_LINE = ("kind", "step", "extractor", "images", "reference", "guidance", "top_k", "top_p")
+"""Lines that agree in all of these (most have the first two alone) are one, written twice."""
 STATES = ("waiting", "running", "interrupted", "done", "failed")
 
 
@@ -200,12 +206,12 @@ class RunFolder:
         """All complete lines in order, of one kind if given.
 
         A run that was killed and resumed writes some steps twice, with equal values; the last
-        line of each (kind, step) counts. A torn last line is ignored; a broken line elsewhere is an error.
+        of equal lines counts (``SAME_LINE``). A torn last line is ignored; a broken line elsewhere is an error.
         """
         file = self.path / "metrics.jsonl"
         if not file.exists():
             return []
-        found: dict[tuple[Any, Any], dict[str, Any]] = {}
+        found: dict[tuple[Any, ...], dict[str, Any]] = {}
         lines = file.read_bytes().split(b"\n")
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -216,7 +222,7 @@ class RunFolder:
                 if number == len(lines):
                     continue
                 raise RecordsError(f"{file}, line {number}: not valid JSON") from None
-            key = (record.get("kind"), record.get("step"))
+            key = tuple(record.get(name) for name in SAME_LINE)
             found.pop(key, None)
             found[key] = record
         return [r for r in found.values() if kind is None or r.get("kind") == kind]
@@ -310,17 +316,65 @@ class RunFolder:
             return True
 
 
+@dataclass(frozen=True)
+class ListedRun:
+    """One run as ``sweep.json`` lists it; the fields are the keys there."""
+
+    run: str
+    family: str
+    tokenizer: str
+    """Folder of the tokenizer's run, from the sweep's folder: ``../tokenizers/<id>``."""
+    tokens: str
+    """Folder of the token cache, likewise."""
+
+
+@dataclass(frozen=True)
+class SweepRecord:
+    """A sweep's ``sweep.json``."""
+
+    value: dict[str, Any]
+    """All of it: name, recipe, runs, command, commit."""
+    runs: tuple[ListedRun, ...]
+
+
+def read_sweep(sweep: str | Path) -> SweepRecord:
+    """``sweep.json`` of a sweep folder.
+
+    Raises:
+        RecordsError: not there, or not of this form; a tokenizer or tokens outside the folder of all sweeps.
+    """
+    root = Path(sweep)
+    file = root / "sweep.json"
+    value = read_json(file)
+    keys = tuple(ListedRun.__dataclass_fields__)
+    listed = value.get("runs") if isinstance(value, dict) else None
+    if not isinstance(listed, list) or not all(
+        isinstance(run, dict) and all(isinstance(run.get(key), str) for key in keys) for run in listed
+    ):
+        raise RecordsError(
+            f"{file}: expected an object with a list of runs, each with {', '.join(keys)}; "
+            "'run' with the same recipe and --root writes it again"
+        )
+    runs = tuple(ListedRun(**{key: run[key] for key in keys}) for run in listed)
+    everything = root.absolute().parent
+    for run in runs:
+        for key, link in (("tokenizer", run.tokenizer), ("tokens", run.tokens)):
+            if not Path(os.path.normpath(root.absolute() / link)).is_relative_to(everything):
+                raise RecordsError(f"{file}: {key} {link!r} of {run.run} lies outside {everything.name}/")
+    return SweepRecord(value, runs)
+
+
 def list_runs(sweep: str | Path) -> list[RunFolder]:
     """The transformer runs of a sweep folder, in the order of its ``sweep.json`` (else by name).
 
     Raises:
-        RecordsError: no such folder, or no runs in it.
+        RecordsError: no such folder, no runs in it, or a damaged ``sweep.json``.
     """
     root = Path(sweep)
     if not root.is_dir():
         raise RecordsError(f"{root}: no such sweep folder; run the sweep first")
     if (root / "sweep.json").exists():
-        names = read_json(root / "sweep.json").get("runs", [])
+        names = [listed.run for listed in read_sweep(root).runs]
         runs = [RunFolder(root / name) for name in names if (root / name / "config.json").exists()]
     else:
         runs = [RunFolder(p.parent) for p in sorted(root.glob("*/config.json"))]

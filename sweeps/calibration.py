@@ -7,7 +7,8 @@
   its FLOP/s while training, and the seconds beside training and evaluating (starting, saving, sampling); a
   tokenizer or token job its images per second, and the seconds beside. Evaluation is taken to run at
   training's FLOP/s. A job too short for a sound speed (few log points) replaces no better one.
-- An estimate takes entries of the same device, threads, processes and precision. A depth that was finished
+- An estimate takes entries of the same device, threads, processes and precision, and of the same family:
+  one family's FLOP/s say little of another's. A depth that was finished
   here gives its own speed. Any other depth is told by its FLOPs: at a speed between those of the nearest
   depths on either side (a power law through both), or at the speed of the nearest one when all lie on one
   side. Without entries there is no estimate.
@@ -28,13 +29,14 @@ from typing import Any, Literal
 from scaling.config import (
     ConfigError,
     DataConfig,
+    Family,
     LaunchConfig,
     RunConfig,
     TokenizerRunConfig,
     from_dict,
     to_dict,
 )
-from scaling.flops import train_flops
+from scaling.flops import spent, train_flops
 from scaling.records import RecordsError, RunFolder, finite, read_json, write_json
 from sweeps.machine import Allotment, Machine
 
@@ -79,6 +81,8 @@ class RunSpeed:
     """Lines of the log that the speed is the median of."""
     settings: Settings | None = None
     """Not known of entries from before they were kept."""
+    family: Family = "var"
+    """Entries from before there were others are of this one."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,7 @@ class ImageSpeed:
     other_seconds: float = 0.0
     points: int = 0
     settings: Settings | None = None
+    quantizer: Literal["residual", "scalable"] = "residual"
 
 
 @dataclass(frozen=True)
@@ -121,8 +126,15 @@ class Calibration:
         self, run: RunConfig, machine: Machine, allotment: Allotment, launch: LaunchConfig
     ) -> Estimate | None:
         """Expected time of one run, or None when nothing like it was measured."""
-        wanted = (machine.name, allotment.threads, launch.processes, launch.machines, run.train.precision)
-        like = [r for r in self.runs if (r.device, r.threads, r.processes, r.machines, r.precision) == wanted]
+        wanted = (
+            *(machine.name, allotment.threads, launch.processes, launch.machines),
+            *(run.train.precision, run.model.family),
+        )
+        like = [
+            r
+            for r in self.runs
+            if (r.device, r.threads, r.processes, r.machines, r.precision, r.family) == wanted
+        ]
         if not like:
             return None
         depth, length = run.model.depth, run.model.seq_len
@@ -147,9 +159,10 @@ class Calibration:
     ) -> Estimate | None:
         """Expected time of a tokenizer or token job, or None when its shape was never measured."""
         precision, shape = image_precision(job, config), image_shape(config)
-        key = (job, machine.name, threads, launch.processes, precision, shape)
+        key = (job, machine.name, threads, launch.processes, precision, shape, config.tokenizer.quantizer)
         for known in self.images:
-            if (known.job, known.device, known.threads, known.processes, known.precision, known.shape) == key:
+            found = (known.job, known.device, known.threads, known.processes, known.precision, known.shape)
+            if (*found, known.quantizer) == key:
                 seconds = job_images(job, config) / known.images_per_second + known.other_seconds
                 same = known.settings == image_settings(job, config, launch)
                 return Estimate(seconds, (), same, same)
@@ -219,7 +232,8 @@ def measure_run(
     logged = logged_speeds(folder)
     if not logged:
         return None
-    speed = statistics.median(logged) * train_flops(run.model)
+    images = run.train.batch * run.total_steps
+    speed = statistics.median(logged) * spent(run, run.total_steps).flops / images
     return RunSpeed(
         machine.name,
         allotment.threads,
@@ -232,6 +246,7 @@ def measure_run(
         max(0.0, seconds - run_flops(run) / speed),
         len(logged),
         run_settings(run, allotment, launch),
+        run.model.family,
     )
 
 
@@ -263,6 +278,7 @@ def measure_images(
         max(0.0, seconds - job_images(job, config) / speed),
         len(logged),
         image_settings(job, config, launch),
+        config.tokenizer.quantizer,
     )
 
 
@@ -305,7 +321,7 @@ def run_flops(run: RunConfig) -> float:
     """FLOPs of a run's training and evaluations."""
     assert run.data.val_images is not None  # RunConfig has checked it
     evaluated = len(run.eval_steps) * min(run.evaluation.images or run.data.val_images, run.data.val_images)
-    return train_flops(run.model) * (run.train.batch * run.total_steps + FORWARD * evaluated)
+    return spent(run, run.total_steps).flops + FORWARD * train_flops(run.model) * evaluated
 
 
 def image_precision(job: str, config: TokenizerRunConfig) -> str:

@@ -17,19 +17,19 @@ from typing import Any
 
 from rich.console import Console
 
-from scaling.config import ConfigError, DataConfig
+from scaling.config import ConfigError, DataConfig, RunConfig
 from scaling.records import RecordsError, RunFolder
 from sweeps import calibration, slurm
 from sweeps.jobs import Job
 from sweeps.machine import Machine, this_machine
 from sweeps.meeting import Follower, Leader
-from sweeps.plan import Plan, make_plan, stage_threads
+from sweeps.plan import Plan, make_plan, stage_of, stage_threads
 from sweeps.progress import Progress
 from sweeps.recipe import Recipe
 from sweeps.scheduler import JobState, Phase, Result, Scheduler
 from sweeps.slurm_options import SlurmOptions
 from sweeps.slurm_queue import Seen, standing
-from sweeps.tables import plan_notes, plan_table, read_sweep, size, status_table, sweep_folders
+from sweeps.tables import plan_notes, plan_table, size, started_sweep, status_table, sweep_folders
 
 Resolve = Callable[[DataConfig], DataConfig]
 CheckData = Callable[[DataConfig], str]
@@ -127,7 +127,7 @@ def follow(made: Plan) -> int:
     return Follower(
         made.folders.sweep,
         launch.machine_rank,
-        made.jobs[2:],
+        made.run_jobs,
         made.allotment.slots[0],
         lambda text: _say(out, text),
     ).run()
@@ -155,22 +155,24 @@ def _lead(made: Plan, scheduler: Scheduler, out: Console) -> Result:
 
 
 def recheck_tokens(jobs: Sequence[Job]) -> list[Job]:
-    """The jobs, the token cache looked through byte by byte when anything is to be trained from it.
+    """The jobs, a token cache looked through byte by byte when anything is to be trained from it.
 
     A damaged shard is found by its checksum and encoded again, a cache of another tokenizer refused. So is
     a finished cache when it is asked for alone.
     """
-    runs = [job for job in jobs if job.kind == "run"]
-    if runs and all(job.state == "done" for job in runs):
-        return list(jobs)
-    return [replace(job, recheck=job.kind == "tokens") for job in jobs]
+
+    def wanted(tokens: Job) -> bool:
+        users = [job for job in jobs if tokens.folder.path in job.needs]
+        return not users or any(job.state != "done" for job in users)
+
+    return [replace(job, recheck=job.kind == "tokens" and wanted(job)) for job in jobs]
 
 
 def show_status(sweep: Path, as_json: bool) -> int:
     """Print every job's state; nothing is imported, resolved or locked for it."""
     folders, out = sweep_folders(sweep), console()
     try:
-        seen = slurm.look(sweep.parent.absolute(), {folder.path.absolute() for _, folder in folders})
+        seen = slurm.look(sweep.parent, {folder.path for _, folder in folders})
     except RecordsError as error:  # what the folders say is worth showing all the same
         seen = {}
         if not as_json:
@@ -227,17 +229,16 @@ def submit(made: Plan, check_data: CheckData, options: SlurmOptions) -> Result:
     states = [JobState(job) for job in jobs]
     if all(job.state == "done" and not job.recheck for job in jobs):
         out.print("everything is done already; nothing to train")
-    else:
-        slurm.submit(sweep, jobs, made.recipe.launch, options, lambda text: _say(out, text))
-        if not options.wait:
-            _say(
-                out,
-                "Slurm has it: 'status' shows how it goes on, 'cancel' ends it, and the same command "
-                "hands over again what has failed, and writes the report when all is done",
-            )
+        states = [JobState(job, "done") for job in jobs]
+        return Result(tuple(states), interrupted=False)
+    slurm.submit(sweep, jobs, made.recipe.launch, options, lambda text: _say(out, text))
     if options.wait:
         return _wait(made, states, out)
-    _look(sweep.parent, states)
+    _say(
+        out,
+        "Slurm has it: 'status' shows how it goes on, 'cancel' ends it, and the same command hands over "
+        "again what has failed, and writes the report when all is done",
+    )
     return Result(tuple(states), interrupted=False)
 
 
@@ -246,11 +247,15 @@ def _wait(made: Plan, states: list[JobState], out: Console) -> Result:
     pause, display = FIRST_LOOK_SECONDS, Progress(out, len(made.allotment.slots))
     try:
         with display:
-            while _look(made.folders.root, states):
-                display.update(states)
+            active = True
+            while active:
                 time.sleep(pause)
                 pause = min(1.5 * pause, LOOK_SECONDS)
-            display.update(states)
+                try:
+                    active = _look(made.folders.root, states)
+                except RecordsError as error:  # a controller may be started again; the jobs go on meanwhile
+                    _say(out, f"note: {error}; asking again")
+                display.update(states)
     except KeyboardInterrupt:
         _say(out, "no longer watching; the jobs stay in Slurm's hands ('cancel' ends them)")
         return Result(tuple(states), interrupted=True)
@@ -284,23 +289,33 @@ def cancel(sweep: Path) -> int:
     return 0
 
 
-def finished_run(sweep: Path, depth: int) -> tuple[RunFolder, Path]:
+def finished_run(sweep: Path, depth: int, family: str | None = None) -> tuple[RunFolder, Path]:
     """The first finished run of a depth and the folder of its tokenizer's run.
 
+    Args:
+        family: needed where the sweep has several.
+
     Raises:
-        RecordsError: the sweep has no finished run of that depth.
+        ConfigError: no family was given and the sweep has several, or it has not the one given.
+        RecordsError: the sweep has no finished run of that depth and family.
     """
-    value = read_sweep(sweep)
+    listed = started_sweep(sweep)
+    families = list(dict.fromkeys(run.family for run in listed))
+    if family is None and len(families) > 1:
+        raise ConfigError(f"sample needs --family too: {sweep} has {', '.join(families)}")
+    if family is not None and family not in families:
+        raise ConfigError(f"--family: {sweep} has no {family}; it has {', '.join(families)}")
     depths = set()
-    for name in value["runs"]:
-        folder = RunFolder(sweep / name)
-        model = folder.config()["model"]
-        if folder.status()["state"] == "done":
-            depths.add(model["depth"])
-            if model["depth"] == depth:
-                return folder, (sweep / str(value["tokenizer"])).resolve()
+    for run in listed:
+        folder = RunFolder(sweep / run.run)
+        if run.family == (family or families[0]) and folder.status()["state"] == "done":
+            found = folder.config()["model"]["depth"]
+            depths.add(found)
+            if found == depth:
+                return folder, (sweep / run.tokenizer).resolve()
     known = ", ".join(map(str, sorted(depths))) or "none yet"
-    raise RecordsError(f"{sweep}: no finished run of depth {depth}; finished depths: {known}")
+    of = f" of {family}" if len(families) > 1 else ""
+    raise RecordsError(f"{sweep}: no finished run{of} of depth {depth}; finished depths: {known}")
 
 
 def _calibrate(made: Plan, state: JobState, out: Console) -> None:
@@ -310,15 +325,15 @@ def _calibrate(made: Plan, state: JobState, out: Console) -> None:
         return
     speed: calibration.RunSpeed | calibration.ImageSpeed | None
     try:
-        if job.kind == "run":
-            assert job.config is not None
+        if isinstance(job.config, RunConfig):
             speed = calibration.measure_run(
                 job.folder, job.config, machine, made.allotment, launch_config, state.seconds
             )
         else:
+            assert job.kind != "run"
             threads = stage_threads(launch_config, machine)
             speed = calibration.measure_images(
-                job.kind, job.folder, made.tokenizer_run, machine, threads, launch_config, state.seconds
+                job.kind, job.folder, stage_of(job), machine, threads, launch_config, state.seconds
             )
         if speed is not None:
             calibration.add(speed)
@@ -327,7 +342,7 @@ def _calibrate(made: Plan, state: JobState, out: Console) -> None:
 
 
 def _check_images(made: Plan, check_data: CheckData) -> None:
-    stages = made.jobs[:2]
+    stages = made.stage_jobs
     needed = any(job.state != "done" for job in stages)
     if not needed and made.data.source == "hf":
         return  # its fingerprint is the name and the counts, which the config has
@@ -346,7 +361,7 @@ def _missing_data(made: Plan, check_data: CheckData) -> str | None:
 
     Only a folder with nothing for training in it is looked at closer: a plan should not list a million files.
     """
-    if made.data.path is None or made.jobs[1].state == "done":
+    if made.data.path is None or all(j.state == "done" for j in made.stage_jobs if j.kind == "tokens"):
         return None
     path = Path(made.data.path)
     if any(any(folder.glob("train*")) for folder in (path, path / "data")):
@@ -395,11 +410,12 @@ def _tell(result: Result, out: Console) -> None:
 
 
 def _tell_unreadable(made: Plan, out: Console) -> None:
-    tokens = RunFolder(made.folders.tokens)
-    for split, count in tokens.unreadable().items():
-        _say(
-            out, f"note: {count} unreadable {split} images were skipped; {tokens.path / 'log.txt'} names them"
-        )
+    for tokens in (job.folder for job in made.stage_jobs if job.kind == "tokens"):
+        for split, count in tokens.unreadable().items():
+            _say(
+                out,
+                f"note: {count} unreadable {split} images were skipped; {tokens.path / 'log.txt'} names them",
+            )
 
 
 def _say(out: Console, text: str, style: str = "") -> None:

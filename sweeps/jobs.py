@@ -1,11 +1,11 @@
 """Jobs: what a sweep starts as processes, and the folders that they work in.
 
-- Three kinds, in this order: the tokenizer, the token cache, the runs. Each reads ``config.json`` and
-  ``launch.json`` of its folder, so a command line holds paths only.
+- Three kinds: tokenizers, their token caches, runs. Each reads ``config.json`` and ``launch.json`` of its
+  folder, so a command line holds paths only. A run needs its own tokens, and no other tokenizer's.
 - One process per run is started plainly; several through ``accelerate launch --multi_gpu``, which is also
   what starts several on a machine without GPUs (``--cpu --num_processes 2`` silently runs one). Port 0
   lets two such runs live on one machine.
-- Several machines share runs only: tokenizer and tokens are machine 0's alone. Each machine starts its share
+- Several machines share runs only: tokenizers and tokens are machine 0's alone. Each machine starts its share
   of the processes, which meet at ``launch.main_address``.
 - A job is done when its status says so *and* what it leaves is there: a removed tokenizer is trained again.
 """
@@ -53,6 +53,8 @@ Kind = Literal["tokenizer", "tokens", "run"]
 class Job:
     """One process (or group of processes) to run to its end."""
 
+    name: str
+    """How a person finds it: a run's id, else its kind, with the tokenizer's id where there are several."""
     kind: Kind
     folder: RunFolder
     command: tuple[str, ...]
@@ -67,14 +69,12 @@ class Job:
     """Training FLOPs; the heaviest job that can start is started first."""
     seconds: float | None = None
     """Expected, when the machine was measured."""
-    config: RunConfig | None = None
+    config: RunConfig | TokenizerRunConfig | None = None
+    """What ``config.json`` of the folder is to hold."""
+    alone: bool = False
+    """Has all places of the machine to itself."""
     recheck: bool = False
     """Started even when it is done: it looks through what it has left and mends it."""
-
-    @property
-    def name(self) -> str:
-        """How a person finds it."""
-        return self.kind if self.kind != "run" else self.folder.name
 
     @property
     def arguments(self) -> tuple[str, ...]:
@@ -90,56 +90,70 @@ class Job:
 
 @dataclass(frozen=True)
 class Folders:
-    """Where everything of one sweep lies."""
+    """Where everything of one sweep lies; tokenizers and tokens are shared by all sweeps under the root."""
 
     root: Path
     sweep: Path
-    tokenizer: Path
-    tokens: Path
 
-    @staticmethod
-    def of(root: Path, name: str, tokenizer: TokenizerRunConfig) -> Folders:
-        """The layout under ``root``."""
-        run_id = tokenizer.run_id
-        return Folders(root, root / name, root / "tokenizers" / run_id, root / "tokens" / run_id)
+    def tokenizer(self, stage: TokenizerRunConfig) -> Path:
+        """The folder of a tokenizer's training."""
+        return self.root / "tokenizers" / stage.run_id
+
+    def tokens(self, stage: TokenizerRunConfig) -> Path:
+        """The folder of the token cache made with it."""
+        return self.root / "tokens" / stage.run_id
 
 
-def tokenizer_jobs(folders: Folders, launch: LaunchConfig, threads: int) -> list[Job]:
-    """The two jobs that all runs wait for; each has the whole machine to itself, and only one machine."""
+def stage_name(kind: str, run_id: str, tokenizers: int) -> str:
+    """The name of a tokenizer or token job of a sweep with so many tokenizers."""
+    return kind if tokenizers == 1 else f"{kind} {run_id}"
+
+
+def tokenizer_jobs(
+    folders: Folders, stages: Sequence[TokenizerRunConfig], launch: LaunchConfig, threads: int
+) -> list[Job]:
+    """Two jobs per tokenizer, which its runs wait for; each has one whole machine to itself."""
     launch = replace(launch, machines=1, machine_rank=0)
     plain = to_dict(replace(launch, threads=threads))
     environment = process_environment(launch, threads)
-    tokenizer = Job(
-        "tokenizer",
-        RunFolder(folders.tokenizer),
-        command("tokenizer", [str(folders.tokenizer)], launch),
-        PRODUCTS["tokenizer"],
-        environment=environment,
-        launch=plain,
-    )
-    arguments = [str(folders.tokens), "--tokenizer", str(folders.tokenizer)]
-    tokens = Job(
-        "tokens",
-        RunFolder(folders.tokens),
-        command("tokens", arguments, launch),
-        PRODUCTS["tokens"],
-        needs=(folders.tokenizer,),
-        environment=environment,
-        launch=plain,
-    )
-    return [tokenizer, tokens]
+    jobs = []
+    for stage in stages:
+        tokenizer, tokens = folders.tokenizer(stage), folders.tokens(stage)
+        trained = Job(
+            stage_name("tokenizer", stage.run_id, len(stages)),
+            "tokenizer",
+            RunFolder(tokenizer),
+            command("tokenizer", [str(tokenizer)], launch),
+            PRODUCTS["tokenizer"],
+            environment=environment,
+            launch=plain,
+            config=stage,
+            alone=True,
+        )
+        cached = replace(
+            trained,
+            name=stage_name("tokens", stage.run_id, len(stages)),
+            kind="tokens",
+            folder=RunFolder(tokens),
+            command=command("tokens", [str(tokens), "--tokenizer", str(tokenizer)], launch),
+            product=PRODUCTS["tokens"],
+            needs=(tokenizer,),
+        )
+        jobs += [trained, cached]
+    return jobs
 
 
 def run_job(folders: Folders, run: RunConfig, launch: LaunchConfig, threads: int, weight: float) -> Job:
     """The job that trains one run."""
-    folder = folders.sweep / run.run_id
-    arguments = [str(folder), "--tokens", str(folders.tokens), "--tokenizer", str(folders.tokenizer)]
+    folder, stage = folders.sweep / run.run_id, run.tokenizer_run
+    tokenizer, tokens = folders.tokenizer(stage), folders.tokens(stage)
     return Job(
+        run.run_id,
         "run",
         RunFolder(folder),
-        command("run", arguments, launch),
+        command("run", [str(folder), "--tokens", str(tokens), "--tokenizer", str(tokenizer)], launch),
         PRODUCTS["run"],
-        needs=(folders.tokens,),
+        needs=(tokens,),
         environment=process_environment(launch, threads),
         launch=to_dict(replace(launch, threads=threads)),
         weight=weight,

@@ -49,15 +49,13 @@ class Option:
     def metavar(self) -> str:
         """What it takes, for the help."""
         names = {int: "INT", float: "NUMBER", str: "TEXT", bool: "true|false", type(None): "none"}
-        parts = []
-        for hint in _alternatives(self.hint):
+
+        def word(hint: Any) -> str:
             if get_origin(hint) is Literal:
-                parts.append("|".join(str(a) for a in get_args(hint)))
-            elif get_origin(hint) is tuple:
-                parts.append(f"{names[get_args(hint)[0]]} ...")
-            else:
-                parts.append(names[hint])
-        return "|".join(parts)
+                return "|".join(str(a) for a in get_args(hint))
+            return f"{word(get_args(hint)[0])} ..." if get_origin(hint) is tuple else names[hint]
+
+        return "|".join(word(hint) for hint in _alternatives(self.hint))
 
 
 def options_of(cls: type, path: Keys = ()) -> list[Option]:
@@ -92,7 +90,7 @@ def parse(arguments: Sequence[str], options: Sequence[Option]) -> dict[Keys, Any
         if option.many:
             parsed = [_plain(option.hint, w) for word in words for w in word.split(",") if w]
             values[option.path] = None if parsed == [None] else parsed
-        elif not words and option.hint is bool:
+        elif not words and bool in _alternatives(option.hint):
             values[option.path] = True
         elif len(words) == 1:
             values[option.path] = _plain(option.hint, words[0])

@@ -2,7 +2,7 @@
 
 Costs are exact where there is a closed form (parameters, FLOPs, tokens) and estimates where the machine
 decides (memory, disk, time). The plan is a pure function of the recipe, the machine and what is on disk,
-always in the same order: by depth, then by seed.
+always in the same order: tokenizers, then the runs by family, depth and seed.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from scaling.config import DataConfig, LaunchConfig, RunConfig, TokenizerRunConfig, to_dict
-from scaling.flops import checkpoint_bytes, params, params_total, token_bytes, train_flops, train_memory
-from scaling.records import write_json
+from scaling.flops import checkpoint_bytes, params, params_total, spent, token_bytes, train_memory
+from scaling.records import ListedRun, write_json
 from sweeps.calibration import Estimate, cached_images, load
 from sweeps.jobs import PACKAGE_ROOT, Folders, Job, prepare, run_job, tokenizer_jobs
 from sweeps.machine import PROCESS_BYTES, Allotment, Machine, allot
-from sweeps.recipe import Recipe
+from sweeps.recipe import Recipe, tokenizer_runs
 
 CHECKPOINTS = 3
 """Two are kept, a third is being written."""
@@ -33,6 +33,7 @@ class PlannedRun:
     """One run in DESIGN's words and units."""
 
     run: str
+    family: str
     depth: int
     seed: int
     width: int
@@ -65,25 +66,30 @@ class Plan:
     configs: tuple[RunConfig, ...]
     runs: tuple[PlannedRun, ...]
     jobs: tuple[Job, ...]
-    """Tokenizer, tokens, then the runs in the order of ``runs``."""
+    """Each tokenizer and its token cache, then the runs in the order of ``runs``."""
     estimates: tuple[Estimate | None, ...]
     """The time of each job and what it was learnt from; None where nothing like it was measured."""
 
     @property
-    def tokenizer_run(self) -> TokenizerRunConfig:
-        """Stage 1."""
-        return self.recipe.tokenizer_run(self.data)
+    def stage_jobs(self) -> tuple[Job, ...]:
+        """Tokenizers and token caches."""
+        return self.jobs[: -len(self.runs)]
 
     @property
-    def cache_bytes(self) -> int:
-        """Disk that the tokens take."""
-        return token_bytes(self.recipe.tokenizer, cached_images(self.data))
+    def run_jobs(self) -> tuple[Job, ...]:
+        """The jobs of ``runs``."""
+        return self.jobs[-len(self.runs) :]
+
+    def families_of(self, stage: TokenizerRunConfig) -> list[str]:
+        """The families that are trained on a tokenizer's tokens."""
+        ids = [(c.model.family, c.tokenizer_run.run_id) for c in self.configs]
+        return list(dict.fromkeys(family for family, run_id in ids if run_id == stage.run_id))
 
     @property
     def disk(self) -> int:
         """Bytes that the jobs still to do may take."""
         runs = sum(r.disk for r in self.runs if r.state != "done")
-        return runs + (0 if self.jobs[1].state == "done" else self.cache_bytes)
+        return runs + sum(cache_bytes(job) for job in self.stage_jobs if job.state != "done")
 
     @property
     def peak_memory(self) -> int:
@@ -116,11 +122,12 @@ class Plan:
             "threads": self.allotment.threads,
             "jobs": [
                 {"job": j.kind, "folder": str(j.folder.path), "state": j.state, "seconds": j.seconds}
-                for j in self.jobs[:2]
+                | {"families": self.families_of(stage_of(j))}
+                for j in self.stage_jobs
             ],
             "runs": [
                 dataclasses.asdict(run) | {"seconds_from": None if found is None else to_dict(found)}
-                for run, found in zip(self.runs, self.estimates[2:], strict=True)
+                for run, found in zip(self.runs, self.estimates[-len(self.runs) :], strict=True)
             ],
             "total": {
                 "flops": sum(r.flops for r in self.runs),
@@ -138,20 +145,25 @@ class Plan:
         Raises:
             RecordsError: a folder holds another config.
         """
-        for job in self.jobs[:2]:
-            prepare(job.folder, self.tokenizer_run)
-        for job, config in zip(self.jobs[2:], self.configs, strict=True):
-            prepare(job.folder, config)
+        for job in self.jobs:
+            assert job.config is not None  # make_plan gives every job one
+            prepare(job.folder, job.config)
         value = {
             "name": self.recipe.name,
             "recipe": to_dict(dataclasses.replace(self.recipe, data=self.data)),
-            "runs": [r.run for r in self.runs],
-            "tokenizer": f"../tokenizers/{self.folders.tokenizer.name}",
-            "tokens": f"../tokens/{self.folders.tokens.name}",
+            "runs": [dataclasses.asdict(self._listed(config)) for config in self.configs],
             "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
             "commit": code_commit(),
         }
         write_json(self.folders.sweep / "sweep.json", value)
+
+    def _listed(self, config: RunConfig) -> ListedRun:
+        stage = config.tokenizer_run
+        tokenizer, tokens = (
+            f"../{folder.relative_to(self.folders.root)}"
+            for folder in (self.folders.tokenizer(stage), self.folders.tokens(stage))
+        )
+        return ListedRun(config.run_id, config.model.family, tokenizer, tokens)
 
 
 def make_plan(recipe: Recipe, data: DataConfig, root: Path, machine: Machine) -> Plan:
@@ -168,31 +180,46 @@ def make_plan(recipe: Recipe, data: DataConfig, root: Path, machine: Machine) ->
     root = root.absolute()
     if data.path is not None:
         data = dataclasses.replace(data, path=str(Path(data.path).expanduser().absolute()))
-    recipe = dataclasses.replace(recipe, tokenizer_train=recipe.tokenizer_train.resolved())
-    configs = tuple(recipe.runs(data))
-    launch, tokenizer = recipe.launch, recipe.tokenizer_run(data)
-    folders = Folders.of(root, recipe.name, tokenizer)
+    runs = recipe.runs(data)
+    resolved = {train: train.resolved() for train in {c.tokenizer_train for c in runs}}
+    configs = tuple(dataclasses.replace(c, tokenizer_train=resolved[c.tokenizer_train]) for c in runs)
+    stages = tokenizer_runs(configs)
+    launch, folders = recipe.launch, Folders(root, root / recipe.name)
     memories = [_process_memory(recipe, c) for c in configs]
     allotment = allot(machine, launch, memories)
     calibration = load()
 
     threads = stage_threads(launch, machine)
-    jobs, estimates = tokenizer_jobs(folders, launch, threads), list[Estimate | None]()
+    jobs, estimates = tokenizer_jobs(folders, stages, launch, threads), list[Estimate | None]()
     for index, job in enumerate(jobs):
-        found = calibration.image_job(job.kind, tokenizer, machine, threads, launch)
+        found = calibration.image_job(job.kind, stage_of(job), machine, threads, launch)
         estimates.append(found)
         jobs[index] = dataclasses.replace(job, seconds=found.seconds if found else None)
-    runs = []
+    planned = []
     for config, memory in zip(configs, memories, strict=True):
-        flops = train_flops(config.model) * config.train.batch * config.total_steps
+        flops = spent(config, config.total_steps).flops
         found = calibration.run(config, machine, allotment, launch)
         job = run_job(folders, config, launch, allotment.threads, flops)
         estimates.append(found)
         jobs.append(dataclasses.replace(job, seconds=found.seconds if found else None))
-        runs.append(_planned(config, jobs[-1], flops, memory + PROCESS_BYTES, launch.processes))
+        planned.append(_planned(config, jobs[-1], memory + PROCESS_BYTES, launch.processes))
     return Plan(
-        recipe, data, folders, machine, allotment, configs, tuple(runs), tuple(jobs), tuple(estimates)
+        recipe, data, folders, machine, allotment, configs, tuple(planned), tuple(jobs), tuple(estimates)
     )
+
+
+def stage_of(job: Job) -> TokenizerRunConfig:
+    """The config of a tokenizer or token job."""
+    assert isinstance(job.config, TokenizerRunConfig)
+    return job.config
+
+
+def cache_bytes(job: Job) -> int:
+    """Disk that a token job's cache takes; 0 for another job."""
+    if job.kind != "tokens":
+        return 0
+    stage = stage_of(job)
+    return token_bytes(stage.tokenizer, cached_images(stage.data))
 
 
 def stage_threads(launch: LaunchConfig, machine: Machine) -> int:
@@ -230,12 +257,13 @@ def _process_memory(recipe: Recipe, config: RunConfig) -> int:
     return train_memory(config.model, micro, config.train.precision)
 
 
-def _planned(config: RunConfig, job: Job, flops: int, process_memory: int, processes: int) -> PlannedRun:
+def _planned(config: RunConfig, job: Job, process_memory: int, processes: int) -> PlannedRun:
     model, train, steps = config.model, config.train, config.total_steps
-    images = config.data.train_images
+    total, images = spent(config, steps), config.data.train_images
     assert images is not None  # RunConfig has checked it
     return PlannedRun(
         run=config.run_id,
+        family=model.family,
         depth=model.depth,
         seed=config.seed,
         width=model.width,
@@ -243,9 +271,9 @@ def _planned(config: RunConfig, job: Job, flops: int, process_memory: int, proce
         params_total=params_total(model),
         batch=train.batch,
         steps=steps,
-        tokens=steps * train.batch * model.seq_len,
+        tokens=total.tokens,
         epochs=steps * train.batch / images,
-        flops=flops,
+        flops=total.flops,
         memory=processes * process_memory,
         memory_per_process=process_memory,
         disk=CHECKPOINTS * checkpoint_bytes(model) + 4 * params_total(model),

@@ -31,6 +31,7 @@ class Row:
     """What is known of one job at this moment."""
 
     name: str
+    kind: str
     phase: str
     step: int | None
     total: int | None
@@ -81,18 +82,19 @@ class Progress:
 
     def row(self, state: JobState) -> Row:
         """One job's present."""
-        name = state.job.name
+        name, kind = state.job.name, state.job.kind
         if state.phase not in ("running", "elsewhere", "done"):
-            return Row(name, state.phase, None, None, None, None, None)
+            return Row(name, kind, state.phase, None, None, None, None, None)
         status = state.job.folder.status()
         if state.phase == "done":
-            return Row(name, "done", None, None, status.get("loss"), None, 0.0)
+            return Row(name, kind, "done", None, None, status.get("loss"), None, 0.0)
         step, total = status.get("step"), status.get("total_steps")
         # Until the job itself has written, status.json speaks of an earlier attempt.
         if state.started is not None and status.get("heartbeat", 0) < state.started:
             step = None
         left = self._time_left_of(state, step, total) if step is not None and total else None
-        return Row(name, state.phase, step, total, status.get("loss"), status.get("images_per_second"), left)
+        speed = status.get("images_per_second")
+        return Row(name, kind, state.phase, step, total, status.get("loss"), speed, left)
 
     def time_left(self, states: Sequence[JobState], rows: Sequence[Row]) -> float | None:
         """Seconds until all is done; None while some job's time cannot be told."""
@@ -145,7 +147,7 @@ class Progress:
 
 def line(rows: Sequence[Row], left: float | None) -> str:
     """The sweep in one line."""
-    runs = [r for r in rows if r.name not in ("tokenizer", "tokens")]
+    runs = [r for r in rows if r.kind == "run"]
     parts = [f"{time.strftime('%H:%M:%S')}  {sum(r.phase == 'done' for r in runs)}/{len(runs)} runs done"]
     for row in rows:
         if row.phase not in ("running", "elsewhere"):

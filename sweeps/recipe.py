@@ -1,9 +1,11 @@
-"""A recipe: one family, many depths, one data set and tokenizer; read strictly from YAML.
+"""A recipe: families, many depths of each, one data set; read strictly from YAML.
 
 - A recipe is data. ``load_recipe`` reads it into frozen dataclasses and refuses, with file and line, what
   it does not know; the same values can be set on the command line (``sweeps.options``).
-- ``by_depth`` holds what differs between depths (the paper's batches, learning rates and epochs). A value
-  set on the command line wins for every depth: it is dropped from ``by_depth``.
+- ``by_family`` holds what differs between families (their tokenizers above all), ``by_depth`` what differs
+  between depths (the paper's batches, learning rates and epochs) and wins over ``by_family``. A value set on
+  the command line wins for every family and depth: it is dropped from both.
+- A family whose tokenizer, its training and data are the same as another's shares its tokens.
 - Everything that a run's shape can be wrong about is checked when the recipe is read, with stand-ins for
   the counts that only the data knows.
 """
@@ -13,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from scaling.config import (
     LaunchConfig,
     ModelConfig,
     RunConfig,
+    StepSchedule,
     TokenizerConfig,
     TokenizerRunConfig,
     TokenizerTrainConfig,
@@ -45,11 +48,15 @@ RESERVED = ("tokenizers", "tokens")
 class ModelOptions:
     """What a model may vary beside its depth; the rest follows from the depth."""
 
+    scales: tuple[int, ...] | None = None
+    """Side lengths of the model's own steps; by default all of its tokenizer's (raster: the last one)."""
+    step_schedule: StepSchedule | None = None
+    """Which steps a training step uses; by default paper for flexvar and flexvar-mamba, else fixed."""
     adaln: AdaLN | None = None
-    """own: a matrix per layer; shared: one for all layers, N = 49152·d³ instead of 73728·d³; none: plain
-    layer norms. By default own, and none for raster."""
+    """own: a matrix per layer, N = 73728·d³; shared: one for all, none: plain layer norms, N = 49152·d³. By
+    default own, and none for raster."""
     qk_norm: bool | None = None
-    """Unit-length queries and keys with a learned scale per head."""
+    """Unit-length queries and keys with a learned scale per head; by default true, and false for raster."""
     label_drop: float = 0.1
     """Share of training images whose class is hidden, for guidance."""
     drop_path: float | None = None
@@ -61,6 +68,23 @@ class ModelOptions:
     """Factor on their γ rows."""
     init_head: float = 0.02
     """Factor on the initial head."""
+    ssm_state: int = 16
+    """flexvar-mamba: states per channel."""
+    ssm_expand: int = 2
+    """flexvar-mamba: channels of the scan, in units of the width."""
+    ssm_conv: int = 4
+    """flexvar-mamba: taps of the convolution before the scan."""
+
+
+@dataclass(frozen=True)
+class FamilyOverride:
+    """Keys that are different for some families."""
+
+    families: tuple[Family, ...]
+    tokenizer: dict[str, Any] = field(default_factory=dict)
+    tokenizer_train: dict[str, Any] = field(default_factory=dict)
+    train: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -74,20 +98,22 @@ class DepthOverride:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A sweep: every depth with every seed is one run."""
+    """A sweep: every family at every depth with every seed is one run."""
 
     name: str
     """The sweep's folder under the root."""
     depths: tuple[int, ...]
-    """One run per depth and seed; width 64d, N ≈ 73728·d³."""
+    """One run per family, depth and seed; width 64d, N ≈ 73728·d³."""
     train: TrainConfig
-    family: Family = "var"
+    families: tuple[Family, ...] = ("var",)
+    """Model families; the report of several compares them."""
     seeds: tuple[int, ...] = (0,)
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     tokenizer_train: TokenizerTrainConfig = field(default_factory=TokenizerTrainConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     model: ModelOptions = field(default_factory=ModelOptions)
+    by_family: tuple[FamilyOverride, ...] = ()
     by_depth: tuple[DepthOverride, ...] = ()
     launch: LaunchConfig = field(default_factory=LaunchConfig)
 
@@ -99,56 +125,88 @@ class Recipe:
         require(
             self.name not in RESERVED, f"name must not be one of {', '.join(RESERVED)}, got {self.name!r}"
         )
+        require(len(self.families) > 0, "families must not be empty")
+        require(
+            len(set(self.families)) == len(self.families),
+            f"families has a family twice: {list(self.families)}",
+        )
         require(len(self.depths) > 0, "depths must not be empty")
         require(min(self.depths) >= 1, f"depths must be at least 1, got {min(self.depths)}")
         require(len(set(self.depths)) == len(self.depths), f"depths has a depth twice: {list(self.depths)}")
         require(len(self.seeds) > 0, "seeds must not be empty")
         require(min(self.seeds) >= 0, f"seeds must not be negative, got {min(self.seeds)}")
         require(len(set(self.seeds)) == len(self.seeds), f"seeds has a seed twice: {list(self.seeds)}")
-        listed = [d for override in self.by_depth for d in override.depths]
-        twice = sorted({d for d in listed if listed.count(d) > 1})
-        require(not twice, f"by_depth lists depth {', '.join(map(str, twice))} more than once")
+        for name, listed in (
+            ("by_depth lists depth", [str(d) for override in self.by_depth for d in override.depths]),
+            ("by_family lists", [str(f) for override in self.by_family for f in override.families]),
+        ):
+            twice = [value for value in dict.fromkeys(listed) if listed.count(value) > 1]
+            require(not twice, f"{name} {', '.join(twice)} more than once")
 
-    def run(self, depth: int, seed: int, data: DataConfig) -> RunConfig:
+    def run(self, family: Family, depth: int, seed: int, data: DataConfig) -> RunConfig:
         """One run, with ``data`` as ``scaling.data`` has resolved it (all counts known).
 
         Raises:
             ConfigError: the values do not fit together.
         """
+        tokenizer, tokenizer_train = self.tokenizer_of(family)
         train, options = to_dict(self.train), to_dict(self.model)
-        for override in self.by_depth:
-            if depth in override.depths:
-                train |= override.train
-                options |= override.model
+        parts: list[FamilyOverride | DepthOverride] = [*self._of_family(family), *self._of_depth(depth)]
+        for part in parts:
+            train, options = _merged(train, part.train), _merged(options, part.model)
         chosen = dataclasses.asdict(from_dict(ModelOptions, options))
         if data.num_classes is None:
             raise ConfigError("data.num_classes is not known yet")
         model = ModelConfig.from_depth(
             depth,
-            vocab=self.tokenizer.vocab,
-            latent_channels=self.tokenizer.latent_channels,
-            scales=self.tokenizer.scales,
+            vocab=tokenizer.vocab,
+            latent_channels=tokenizer.latent_channels,
             num_classes=data.num_classes,
-            family=self.family,
-            **{key: value for key, value in chosen.items() if value is not None},
+            family=family,
+            **{"scales": tokenizer.scales} | {key: v for key, v in chosen.items() if v is not None},
         )
         return RunConfig(
             model=model,
             data=data,
-            tokenizer=self.tokenizer,
-            tokenizer_train=self.tokenizer_train,
+            tokenizer=tokenizer,
+            tokenizer_train=tokenizer_train,
             train=from_dict(TrainConfig, train),
             evaluation=self.evaluation,
             seed=seed,
         )
 
     def runs(self, data: DataConfig) -> list[RunConfig]:
-        """Every run, by depth and then by seed."""
-        return [self.run(depth, seed, data) for depth in sorted(self.depths) for seed in sorted(self.seeds)]
+        """Every run: the families as listed, each by depth and then by seed."""
+        return [self.run(*place, data) for place in self.places()]
 
-    def tokenizer_run(self, data: DataConfig) -> TokenizerRunConfig:
-        """The stage-1 run that all runs share."""
-        return TokenizerRunConfig(data, self.tokenizer, self.tokenizer_train)
+    def tokenizer_of(self, family: Family) -> tuple[TokenizerConfig, TokenizerTrainConfig]:
+        """A family's tokenizer and its training."""
+        tokenizer, train = to_dict(self.tokenizer), to_dict(self.tokenizer_train)
+        for override in self._of_family(family):
+            tokenizer = _merged(tokenizer, override.tokenizer)
+            train = _merged(train, override.tokenizer_train)
+        return from_dict(TokenizerConfig, tokenizer), from_dict(TokenizerTrainConfig, train)
+
+    def places(self) -> Iterator[tuple[Family, int, int]]:
+        """Family, depth and seed of every run, in the order of ``runs``."""
+        for family in self.families:
+            for depth in sorted(self.depths):
+                for seed in sorted(self.seeds):
+                    yield family, depth, seed
+
+    def _of_family(self, family: Family) -> list[FamilyOverride]:
+        return [override for override in self.by_family if family in override.families]
+
+    def _of_depth(self, depth: int) -> list[DepthOverride]:
+        return [override for override in self.by_depth if depth in override.depths]
+
+
+def tokenizer_runs(runs: Sequence[RunConfig]) -> list[TokenizerRunConfig]:
+    """The distinct stage-1 runs that the tokens of runs come from, in the order of the runs."""
+    found: dict[str, TokenizerRunConfig] = {}
+    for run in runs:
+        found.setdefault(run.tokenizer_run.run_id, run.tokenizer_run)
+    return list(found.values())
 
 
 def load_recipe(name: str | Path, overrides: Mapping[Keys, Any] | None = None) -> Recipe:
@@ -163,13 +221,17 @@ def load_recipe(name: str | Path, overrides: Mapping[Keys, Any] | None = None) -
     """
     source = read_source(find_recipe(name))
     source.override(overrides or {})
-    _drop_from_depths(source.data, overrides or {})
+    _drop_from_parts(source.data, overrides or {})
     try:
         recipe = from_dict(Recipe, source.data, source.locate)
-        _check_depth_overrides(recipe, source)
-        recipe.runs(_stand_in(recipe.data))
+        _check_parts(recipe, source)
     except ConfigError as error:
         raise source.blame(error) from None
+    for family, depth, seed in recipe.places():
+        try:
+            recipe.run(family, depth, seed, _stand_in(recipe.data))
+        except ConfigError as error:
+            raise source.blame(error, _parts_of(recipe, family, depth)) from None
     return recipe
 
 
@@ -189,21 +251,57 @@ def find_recipe(name: str | Path) -> Path:
     raise ConfigError(f"{name}: no such recipe file; {hint}")
 
 
-def _drop_from_depths(data: Any, overrides: Mapping[Keys, Any]) -> None:
-    """An option holds for every depth, so it also replaces the values of single depths."""
-    entries = data.get("by_depth") if isinstance(data, dict) else None
-    for entry in entries if isinstance(entries, list) else []:
-        for section, *key in overrides:
-            values = entry.get(section) if isinstance(entry, dict) else None
-            if key and isinstance(values, dict):
-                values.pop(key[0], None)
+def _drop_from_parts(data: Any, overrides: Mapping[Keys, Any]) -> None:
+    """An option holds for every family and depth, so it also replaces the values of single ones."""
+    for part in ("by_family", "by_depth"):
+        entries = data.get(part) if isinstance(data, dict) else None
+        for values in entries if isinstance(entries, list) else []:
+            for path in overrides:
+                _drop(values, path)
 
 
-def _check_depth_overrides(recipe: Recipe, source: Source) -> None:
-    for number, override in enumerate(recipe.by_depth):
-        path = ("by_depth", str(number))
-        from_dict(TrainConfig, to_dict(recipe.train) | override.train, source.locate, (*path, "train"))
-        from_dict(ModelOptions, to_dict(recipe.model) | override.model, source.locate, (*path, "model"))
+def _drop(values: Any, path: Keys) -> None:
+    for key in path[:-1]:
+        values = values.get(key) if isinstance(values, dict) else None
+    if isinstance(values, dict) and len(path) > 1:
+        values.pop(path[-1], None)
+
+
+def _merged(common: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """The common values with a part's own in their place, key by key at every level."""
+    merged = dict(common)
+    for key, value in own.items():
+        known = merged.get(key)
+        if isinstance(known, dict) and isinstance(value, Mapping):
+            value = _merged(known, value)
+        merged[key] = value
+    return merged
+
+
+SECTIONS: dict[str, type] = {
+    "tokenizer": TokenizerConfig,
+    "tokenizer_train": TokenizerTrainConfig,
+    "train": TrainConfig,
+    "model": ModelOptions,
+}
+"""What single families and depths may set."""
+
+
+def _check_parts(recipe: Recipe, source: Source) -> None:
+    """Every value of ``by_family`` and ``by_depth``, those of families and depths that are not run too."""
+    for part in ("by_family", "by_depth"):
+        for number, override in enumerate(getattr(recipe, part)):
+            for section, cls in SECTIONS.items():
+                if own := getattr(override, section, None):
+                    values = _merged(to_dict(getattr(recipe, section)), own)
+                    from_dict(cls, values, source.locate, (part, str(number), section))
+
+
+def _parts_of(recipe: Recipe, family: Family, depth: int) -> list[Keys]:
+    """Where the values of a run may stand beside the common ones, the strongest first."""
+    depths = [("by_depth", str(i)) for i, o in enumerate(recipe.by_depth) if depth in o.depths]
+    families = [("by_family", str(i)) for i, o in enumerate(recipe.by_family) if family in o.families]
+    return [*depths, *families]
 
 
 def _stand_in(data: DataConfig) -> DataConfig:

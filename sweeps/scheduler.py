@@ -9,6 +9,8 @@
   it from before the start until after the end, so that two launchers never start the same job and never
   probe a lock that a job is about to take.
 - A job that fails takes down only what needs it; the others go on.
+- A job that is ``alone`` (tokenizers and token caches, which use every core) goes before all others and
+  beside none.
 """
 
 from __future__ import annotations
@@ -155,7 +157,7 @@ class Scheduler:
 
     def _start_what_can(self) -> None:
         phases = {s.job.folder.path: s.phase for s in self.states}
-        for state in sorted(self.states, key=lambda s: -s.job.weight):
+        for state in sorted(self.states, key=lambda s: (not s.job.alone, -s.job.weight)):
             if state.phase not in ("waiting", "elsewhere"):
                 continue
             needs = [phases.get(path, "done") for path in state.job.needs]
@@ -170,9 +172,9 @@ class Scheduler:
         if recorded == "done" and not state.job.recheck:
             self._end(state, "done")
             return
-        used = {s.slot for s in self.states}
-        free = [i for i in range(len(self.slots)) if i not in used]
-        if not free:
+        running = [s for s in self.states if s.process is not None]
+        free = [i for i in range(len(self.slots)) if i not in {s.slot for s in running}]
+        if not free or any(s.job.alone or state.job.alone for s in running):
             return
         if state.claim is None:
             state.claim = claim(state.job.folder.path / ".launcher")

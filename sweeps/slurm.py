@@ -54,12 +54,7 @@ class Submission:
     id: str | None
     """None: sbatch has not said it yet, or nobody was there any more to hear it."""
     jobs: tuple[Path, ...]
-    """Their folders, by index in the array."""
-
-    @property
-    def folders(self) -> frozenset[Path]:
-        """Of its jobs."""
-        return frozenset(self.jobs)
+    """Their folders without links, by index in the array."""
 
     @property
     def token(self) -> str:
@@ -75,10 +70,15 @@ class Submission:
         """
         value, root = read_json(file), file.parents[2]
         try:
-            folders = tuple(Path(os.path.normpath(root / job["folder"])) for job in value["jobs"])
+            folders = tuple(_real(root / job["folder"]) for job in value["jobs"])
             return Submission(file, value["id"], folders)
         except (KeyError, TypeError):
             raise RecordsError(f"{file}: expected an object with id and jobs with folders") from None
+
+
+def _real(path: Path) -> Path:
+    """One folder may be named in several ways, by links and from elsewhere."""
+    return Path(os.path.realpath(path))
 
 
 def submissions(root: Path, sweep: str = "*") -> list[Submission]:
@@ -93,8 +93,9 @@ def look(root: Path, folders: Collection[Path]) -> dict[Path, Seen]:
     Raises:
         RecordsError: Slurm does not answer.
     """
-    seen = _look(s for s in submissions(root) if not s.folders.isdisjoint(folders))
-    return {folder: found for folder, found in seen.items() if folder in folders}
+    real = {_real(folder): folder for folder in folders}
+    seen = _look(s for s in submissions(root) if not real.keys().isdisjoint(s.jobs))
+    return {real[folder]: found for folder, found in seen.items() if folder in real}
 
 
 def _look(made: Iterable[Submission]) -> dict[Path, Seen]:

@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,14 +41,21 @@ class Source:
                 return f"{self.file}, line {self.lines[path[:end]]} ({'.'.join(path)})"
         return f"{self.file}" + (f" ({'.'.join(path)})" if path else "")
 
-    def blame(self, error: ConfigError) -> ConfigError:
-        """The error at the line or option of the key that its message starts with, if there is one."""
+    def blame(self, error: ConfigError, parts: Sequence[Keys] = ()) -> ConfigError:
+        """The error at the line or option of the key that its message starts with, if there is one.
+
+        Args:
+            parts: paths below which the key may stand too; such a value wins over the common one.
+        """
         text = re.sub(rf"^{re.escape(str(self.file))}(, line \d+ \([^)]*\))?: ", "", str(error))
         key = re.match(r"[a-z_]+(\.[a-z_]+)*", text)
         path = tuple(key[0].split(".")) if key else ()
         for end in range(len(path), 0, -1):
-            if path[:end] in self.overridden or path[:end] in self.lines:
-                return ConfigError(f"{self.locate(path[:end]).split(' (')[0]}: {text}")
+            common = path[:end]
+            own = [(*part, *common) for part in parts] if common not in self.overridden else []
+            for place in (*own, common):
+                if place in self.overridden or place in self.lines:
+                    return ConfigError(f"{self.locate(place).split(' (')[0]}: {text}")
         return error
 
     def override(self, values: Mapping[Keys, Any]) -> None:

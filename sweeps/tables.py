@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from scaling.records import RecordsError, RunFolder, read_json
+from scaling.records import ListedRun, RecordsError, RunFolder, read_sweep
+from sweeps.jobs import stage_name
+from sweeps.plan import cache_bytes, stage_of
 from sweeps.slurm_queue import standing
 
 if TYPE_CHECKING:
@@ -50,7 +52,8 @@ def duration(seconds: float) -> str:
 
 
 def plan_table(plan: Plan, width: int = WIDE) -> Table:
-    """One row per job, totals below; on a narrow terminal without what follows from the rest.
+    """One row per job, the families one below the other, totals below; on a narrow terminal without what
+    follows from the rest.
 
     ``plan_notes`` says what its columns of memory and time mean.
     """
@@ -59,11 +62,10 @@ def plan_table(plan: Plan, width: int = WIDE) -> Table:
     table = Table(title=f"sweep '{plan.recipe.name}' in {plan.folders.sweep}", title_justify="left", box=None)
     left = [r for r in plan.runs if r.state != "done"]
     places = len(plan.allotment.slots)
-    cache = {"disk": size(plan.cache_bytes)}
     rows = [
         {"run": job.name, "time": _time(found), "state": _to_do(job.state)}
-        | (cache if job.kind == "tokens" else {})
-        for job, found in zip(plan.jobs[:2], plan.estimates[:2], strict=True)
+        | ({"disk": size(cache_bytes(job))} if job.kind == "tokens" else {})
+        for job, found in zip(plan.stage_jobs, plan.estimates, strict=False)
     ]
     rows += [
         {
@@ -83,7 +85,7 @@ def plan_table(plan: Plan, width: int = WIDE) -> Table:
             "time": _time(found),
             "state": _to_do(run.state),
         }
-        for run, found in zip(plan.runs, plan.estimates[2:], strict=True)
+        for run, found in _with_estimates(plan)
     ]
     totals = {
         "run": f"to do: {len(left)} of {len(plan.runs)} runs",
@@ -99,8 +101,11 @@ def plan_table(plan: Plan, width: int = WIDE) -> Table:
     headings = [h for h in rows[-1] if (width >= WIDE or h not in DERIVED) and h not in hidden]
     for heading in headings:
         table.add_column(heading, justify="left" if heading in ("run", "state") else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*(row.get(heading, "") for heading in headings))
+    families = [""] * len(plan.stage_jobs) + [run.family for run in plan.runs]
+    several = len(plan.recipe.families) > 1
+    for i, row in enumerate(rows):
+        last = several and families[i] != families[min(i + 1, len(rows) - 1)]
+        table.add_row(*(row.get(heading, "") for heading in headings), end_section=last)
     table.add_section()
     table.add_row(*(totals.get(heading, "") for heading in headings), style="bold")
     if places > 1:
@@ -111,7 +116,12 @@ def plan_table(plan: Plan, width: int = WIDE) -> Table:
 
 def plan_notes(plan: Plan) -> list[str]:
     """What stands below the table: the data, the machine, and how memory and time were told."""
-    return [_data_note(plan), _machine_note(plan), _memory_note(plan), _time_note(plan)]
+    notes = [_data_note(plan), _machine_note(plan), _memory_note(plan), _time_note(plan)]
+    tokens = [job for job in plan.stage_jobs if job.kind == "tokens"]
+    if len(tokens) > 1:
+        uses = [f"{job.folder.name} for {', '.join(plan.families_of(stage_of(job)))}" for job in tokens]
+        notes.insert(1, f"tokenizers: {'; '.join(uses)}")
+    return notes
 
 
 def _data_note(plan: Plan) -> str:
@@ -148,26 +158,29 @@ def _memory_note(plan: Plan) -> str:
 
 def _time_note(plan: Plan) -> str:
     """Which rows were measured, which are told by their FLOPs and from what, and which are unknown."""
-    pairs = list(zip(plan.runs, plan.estimates[2:], strict=True))
-    stages = list(zip(plan.jobs[:2], plan.estimates[:2], strict=True))
+    pairs = _with_estimates(plan)
+    stages = list(zip(plan.stage_jobs, plan.estimates, strict=False))
+    several = len(plan.recipe.families) > 1
     measured = [run for run, found in pairs if found and found.measured]
-    near = [(run, found) for run, found in pairs if found and not found.measured]
     parts = []
     if measured:
         parts.append(
-            f"{_depths(measured)} at the speed of the last run of that depth finished on this machine"
+            f"{_depths(measured, several)} at the speed of the last run of that depth finished on this "
+            "machine"
         )
-    if near:
-        used = sorted({depth for _, found in near for depth in found.depths})
-        parts.append(
-            f"~ {_depths([run for run, _ in near])} by FLOPs, from the speed of "
-            f"{_several(len(used), 'finished run')} ({_listed(used)})"
-        )
-    others = [run for run, found in near if not found.same_settings]
+    for family in plan.recipe.families:
+        near = [(r, found) for r, found in pairs if found and not found.measured and r.family == family]
+        if near:
+            used = sorted({depth for _, found in near for depth in found.depths})
+            parts.append(
+                f"~ {_depths([run for run, _ in near], several)} by FLOPs, from the speed of "
+                f"{_several(len(used), 'finished run')} ({_listed(used)})"
+            )
+    others = [r for r, found in pairs if found and not found.measured and not found.same_settings]
     if others:
         parts.append(
-            f"{_depths(others)} from runs with another batch, micro-batch, attention or number of runs at "
-            "once, or compiled otherwise"
+            f"{_depths(others, several)} from runs with another batch, micro-batch, attention or number of "
+            "runs at once, or compiled otherwise"
         )
     changed = [job.name for job, found in stages if found and not found.measured]
     if changed:
@@ -184,16 +197,26 @@ def _time_note(plan: Plan) -> str:
             {c.train.precision for c, (_, found) in zip(plan.configs, pairs, strict=True) if not found}
         )
         parts.append(
-            f"unknown for {_depths(unknown)}: no run has finished on this machine with "
-            f"{_several(launch.processes, 'process', 'processes')} of "
+            f"unknown for {_depths(unknown, several)}: no run{' of the family' if several else ''} has "
+            f"finished on this machine with {_several(launch.processes, 'process', 'processes')} of "
             f"{_several(plan.allotment.threads, 'thread')} in {' or '.join(precisions)}"
             + (f" on {launch.machines} machines" if launch.machines > 1 else "")
         )
     return "time: of each row by itself; " + "; ".join(parts)
 
 
-def _depths(runs: Sequence[PlannedRun]) -> str:
-    return _listed(sorted({run.depth for run in runs}))
+def _with_estimates(plan: Plan) -> list[tuple[PlannedRun, Estimate | None]]:
+    return list(zip(plan.runs, plan.estimates[-len(plan.runs) :], strict=True))
+
+
+def _depths(runs: Sequence[PlannedRun], several: bool) -> str:
+    """Their depths, by family where the plan has several."""
+    by_family: dict[str, set[int]] = {}
+    for run in runs:
+        by_family.setdefault(run.family, set()).add(run.depth)
+    return ", ".join(
+        (f"{family} " if several else "") + _listed(sorted(depths)) for family, depths in by_family.items()
+    )
 
 
 def _listed(depths: Sequence[int]) -> str:
@@ -222,7 +245,7 @@ def status_table(sweep: Path, seen: Mapping[Path, Seen]) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     if seen:
         table.add_column("Slurm", no_wrap=True)
-    table.add_column("error", overflow="fold")
+    table.add_column("reason" if seen else "error", overflow="fold")
     for name, folder in sweep_folders(sweep):
         status = folder.status()
         age = time.time() - status["heartbeat"] if "heartbeat" in status else None
@@ -243,26 +266,27 @@ def status_table(sweep: Path, seen: Mapping[Path, Seen]) -> Table:
     return table
 
 
-def read_sweep(sweep: Path) -> dict[str, str | list[str]]:
-    """The sweep's ``sweep.json``.
+def started_sweep(sweep: Path) -> tuple[ListedRun, ...]:
+    """The runs that the sweep's ``sweep.json`` lists.
 
     Raises:
         RecordsError: not started yet, or damaged.
     """
-    file = sweep / "sweep.json"
-    if not file.exists():
+    if not (sweep / "sweep.json").exists():
         raise RecordsError(f"{sweep}: no such sweep yet; 'run' with the same recipe and --root starts it")
-    value = read_json(file)
-    if not isinstance(value, dict) or not {"runs", "tokenizer", "tokens"} <= value.keys():
-        raise RecordsError(f"{file}: expected an object with runs, tokenizer and tokens")
-    return value
+    return read_sweep(sweep).runs
 
 
 def sweep_folders(sweep: Path) -> Sequence[tuple[str, RunFolder]]:
-    """Name and folder of every job of a started sweep: tokenizer, tokens, runs."""
-    value = read_sweep(sweep)
-    first = [(name, RunFolder((sweep / str(value[name])).resolve())) for name in ("tokenizer", "tokens")]
-    return [*first, *((str(run), RunFolder(sweep / str(run))) for run in value["runs"])]
+    """Name and folder of every job of a started sweep: each tokenizer and its tokens, then the runs."""
+    listed = started_sweep(sweep)
+    stages = dict.fromkeys((run.tokenizer, run.tokens) for run in listed)
+    first = [
+        (stage_name(kind, Path(link).name, len(stages)), RunFolder((sweep / link).resolve()))
+        for stage in stages
+        for kind, link in zip(("tokenizer", "tokens"), stage, strict=True)
+    ]
+    return [*first, *((run.run, RunFolder(sweep / run.run)) for run in listed)]
 
 
 def _time(found: Estimate | None) -> str:

@@ -83,7 +83,7 @@ class NextScale(nn.Module):
         shape = (batch, config.heads, sum(h * w for h, w in sizes), config.width // config.heads)
         return [KeyValueCache(*shape, like=like).attend for _ in range(config.depth)]
 
-    def enter_step(self, places: list[Any], step: int) -> None:
+    def enter_step(self, places: list[Any], sizes: tuple[Size, ...], step: int) -> None:
         """Called before a step goes through the layers; attention needs nothing."""
 
     # -- training ----------------------------------------------------------------------------------
@@ -163,7 +163,7 @@ class NextScale(nn.Module):
                 x_BLW = self.token_embedding(inputs_BlC.float())
             x_BLW = x_BLW + self.step_positions(decoding.sizes, step)
         x_BLW = x_BLW.to(compute_dtype(x_BLW))
-        self.enter_step(decoding.places, step)
+        self.enter_step(decoding.places, decoding.sizes, step)
         for block, modulation, place in zip(self.blocks, decoding.modulations, decoding.places, strict=True):
             x_BLW = block(x_BLW, modulation, place)
         decoding.step += 1

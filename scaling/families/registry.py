@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from scaling.config import ModelConfig
 from scaling.families.flexvar import FlexVAR
 from scaling.families.interface import FamilyModel, Feed, ScaleFeed, TokenFeed
+from scaling.families.mamba import FlexVARMamba
 from scaling.families.raster import Raster
 from scaling.families.var import VAR
 from scaling.layers.attention import Backend
@@ -43,6 +44,7 @@ def _tokens(quantizer: Quantizer, tokens_BL: Tensor, sizes: Sequence[Size]) -> T
 FAMILIES: dict[str, FamilyEntry] = {
     "var": FamilyEntry(VAR, _codes, ScaleFeed),
     "flexvar": FamilyEntry(FlexVAR, _codes, ScaleFeed),
+    "flexvar-mamba": FamilyEntry(FlexVARMamba, _codes, ScaleFeed),
     # A ramp over 256 tokens would leave the first half of the picture without guidance.
     "raster": FamilyEntry(Raster, _tokens, TokenFeed, guidance="constant"),
 }

@@ -8,7 +8,8 @@ Design choices
 - Seeding: k-means on what is really quantised, the residuals of every scale of real images. The
   residuals depend on the codebook, so the two are found together, coarse to fine: a scale's share of
   the codes is fitted to its residuals, given the codes of the scales before it.
-- Revival: a code that nobody used since the last revival is moved onto a residual of the current batch,
+- The sizes that a scalable tokenizer trains on in a step are drawn, like everything else, from the step.
+- Revival: a code that nobody used since the last revival is moved onto a vector of the current batch,
   the scales taking turns. Its moments in the optimiser are forgotten, or it would be thrown back.
 - All draws are pure functions of (seed, step), so every process and every resumed run does the same.
 
@@ -23,9 +24,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scaling.config import TokenizerConfig, TokenizerTrainConfig
 from scaling.tokenizer.quantizer import Quantizer, nearest_codes
 
-_SEEDING, _REVIVAL = 0x5EED, 0x4E3
+_SEEDING, _REVIVAL, _SIZES = 0x5EED, 0x4E3, 0x512E
 KMEANS_ROUNDS = 6
 
 
@@ -54,6 +56,14 @@ def choose(count: int, wanted: int, *key: int) -> list[int]:
     return [int(i) for i in np.resize(order, wanted)]
 
 
+def step_scales(tokenizer: TokenizerConfig, train: TokenizerTrainConfig, step: int) -> list[int]:
+    """Which of the tokenizer's scales a training step uses, as indices: all; scalable: some and the last."""
+    last = len(tokenizer.scales) - 1
+    if tokenizer.quantizer == "residual":
+        return list(range(last + 1))
+    return [*sorted(choose(last, min(last, train.random_sizes), _SIZES, train.seed, step)), last]
+
+
 @torch.no_grad()
 def kmeans(vectors_NC: Tensor, count: int, *key: int) -> Tensor:
     """``count`` centres (M, C) of vectors by Lloyd's algorithm; a centre that loses all its vectors stays."""
@@ -68,7 +78,7 @@ def kmeans(vectors_NC: Tensor, count: int, *key: int) -> Tensor:
 
 @torch.no_grad()
 def seeded_codebook(quantizer: Quantizer, f_BCHW: Tensor, seed: int) -> Tensor:
-    """A codebook (V, C) fitted to the residuals of every scale of the features of real images.
+    """A codebook (V, C) fitted to what every scale quantises of the features of real images.
 
     Each scale gets V/K codes (the finest the remainder), fitted to the residuals that the codes of the
     scales before it leave; later scales may then use all of them.
@@ -87,22 +97,22 @@ def seeded_codebook(quantizer: Quantizer, f_BCHW: Tensor, seed: int) -> Tensor:
 
 @torch.no_grad()
 def revive(
-    codebook_VC: Tensor, unused_V: Tensor, residuals: Sequence[Tensor], seed: int, step: int
+    codebook_VC: Tensor, unused_V: Tensor, vectors: Sequence[Tensor], seed: int, step: int
 ) -> list[int]:
-    """Move the unused codes onto residual vectors of the current batch, in place; returns their rows.
+    """Move the unused codes onto vectors of the current batch, in place; returns their rows.
 
     Args:
         codebook_VC: the codebook.
         unused_V: bool; which codes nobody chose since the last revival.
-        residuals: per scale, the vectors (N_k, C) quantised in this batch, over all processes.
+        vectors: per scale, what was quantised in this batch (N_k, C), over all processes.
     """
     rows = [int(v) for v in unused_V.nonzero().flatten()]
-    scales = len(residuals)
-    for k, residual_NC in enumerate(residuals):
+    scales = len(vectors)
+    for k, vectors_NC in enumerate(vectors):
         mine = rows[k::scales]
         if mine:
-            chosen = choose(len(residual_NC), len(mine), _REVIVAL, seed, step, k)
-            codebook_VC[mine] = residual_NC[chosen].to(codebook_VC.dtype)
+            chosen = choose(len(vectors_NC), len(mine), _REVIVAL, seed, step, k)
+            codebook_VC[mine] = vectors_NC[chosen].to(codebook_VC.dtype)
     return rows
 
 

@@ -136,6 +136,10 @@ class TokenizerTrainConfig:
     pixel_l2: float = 1.0
     codebook: float = 1.0
     """Weight of the vector-quantisation loss (codebook + β·commitment)."""
+    entropy: float = field(default=0.0, metadata={"added": True})
+    """Scalable: weight of the entropy term, which makes vectors sure of their code and all codes used."""
+    random_sizes: int = field(default=5, metadata={"added": True})
+    """Scalable: how many smaller sizes of the latent are reconstructed in a step, beside the full one."""
     perceptual: float = 1.0
     """Weight of LPIPS; off, with a word in the log, while ``lpips_weights`` is not given."""
     lpips_weights: str | None = field(default=None, metadata={"identity": False})
@@ -174,6 +178,8 @@ class TokenizerTrainConfig:
             "pixel_l1",
             "pixel_l2",
             "codebook",
+            "entropy",
+            "random_sizes",
             "perceptual",
         ):
             require(

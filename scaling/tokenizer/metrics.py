@@ -36,3 +36,9 @@ def ssim(x_BCHW: Tensor, y_BCHW: Tensor) -> Tensor:
     vx, vy, cov = blurred(x * x) - mx * mx, blurred(y * y) - my * my, blurred(x * y) - mx * my
     similarity = (2 * mx * my + C1) * (2 * cov + C2) / ((mx * mx + my * my + C1) * (vx + vy + C2))
     return similarity.flatten(1).mean(1)
+
+
+def at_size(images_BCHW: Tensor, like_BChw: Tensor) -> Tensor:
+    """Images averaged over areas to the size of others: what a reconstruction of that size should show."""
+    size = like_BChw.shape[2:]
+    return images_BCHW if images_BCHW.shape[2:] == size else F.interpolate(images_BCHW, size, mode="area")

@@ -1,6 +1,7 @@
 """The picture a tokenizer leaves of itself: reconstructions under their originals, and coarse to fine.
 
-Pixels are enlarged by whole factors and never smoothed: what is seen is what the tokenizer makes.
+Pixels are never smoothed, and enlarged by whole factors but for smaller reconstructions: what is seen is
+what the tokenizer makes.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def grid(rows: Sequence[tuple[str, Sequence[UInt8]]], title: str) -> Image.Image
     """Labelled rows of images under a title.
 
     Args:
-        rows: each a label and its images, uint8 (H, W, 3), all of one size.
+        rows: each a label and its images, uint8 (H, W, 3), all square; the first one's side sets the tiles'.
         title: one line over all.
     """
     side = rows[0][1][0].shape[0]
@@ -46,16 +47,22 @@ def grid(rows: Sequence[tuple[str, Sequence[UInt8]]], title: str) -> Image.Image
 
 
 def reconstruction_sheet(
-    originals: UInt8, reconstructions: UInt8, stages: UInt8, scales: Sequence[int], title: str
+    originals: UInt8,
+    reconstructions: UInt8,
+    stages: Sequence[UInt8],
+    scales: Sequence[int],
+    title: str,
+    alone: bool,
 ) -> Image.Image:
-    """Originals over reconstructions, then some images as each further scale is added.
+    """Originals over reconstructions, then some images as each further scale is added, or each alone.
 
     Args:
         originals: (N, H, W, 3).
         reconstructions: (N, H, W, 3), from all scales.
-        stages: (M, K, H, W, 3): the first M images from their first 1 … K scales.
+        stages: K of (M, h, w, 3): the first M images from their first 1 … K scales, or from each.
         scales: side lengths of the token maps.
         title: one line over all.
+        alone: each stage is made of its own scale only.
     """
     rows: list[tuple[str, Sequence[UInt8]]] = [
         ("originals (validation)", list(originals)),
@@ -64,7 +71,10 @@ def reconstruction_sheet(
     # A plain x: Pillow's own font has no multiplication sign.
     names = ", ".join(f"{s}x{s}" for s in scales)
     rows += [
-        (f"image {i + 1} from scales up to {names}; original", [*progress, originals[i]])
-        for i, progress in enumerate(stages)
+        (
+            f"image {i + 1} from {'the tokens of' if alone else 'scales up to'} {names}; original",
+            [*(stage[i] for stage in stages), originals[i]],
+        )
+        for i in range(len(stages[0]))
     ]
     return grid(rows, title)

@@ -38,15 +38,16 @@ VECTORS_AT_ONCE = 2**16
 class Quantized:
     """What one training forward pass gives.
 
-    ``features`` (B, C, H, W) is what the decoder gets, with the straight-through gradient; ``loss`` the VQ
-    loss; ``tokens`` (B, L) the codes chosen; ``residuals`` per step the vectors (B·h·w, C) that were
-    quantised.
+    ``features`` (B, C, H, W) is what the decoder gets, with the straight-through gradient, and ``smaller``
+    what it gets too where steps are decoded by themselves; ``loss`` the VQ loss; ``tokens`` (B, L) the codes
+    chosen; ``vectors`` per step what was quantised (B·h·w, C).
     """
 
     features: Tensor
     loss: Tensor
     tokens: Tensor
-    residuals: tuple[Tensor, ...]
+    vectors: tuple[Tensor, ...]
+    smaller: tuple[Tensor, ...] = ()
 
 
 class Quantizer(nn.Module):
@@ -86,8 +87,12 @@ class Quantizer(nn.Module):
         """Per step, what the decoder gets when the tokens end there; the last is ``features``."""
         raise NotImplementedError
 
-    def forward(self, f_BCHW: Tensor) -> Quantized:
+    def forward(self, f_BCHW: Tensor, sizes: Sequence[Size] | None = None) -> Quantized:
         """Quantise with gradients."""
+        raise NotImplementedError
+
+    def unquantised(self, f_BCHW: Tensor, sizes: Sequence[Size] | None = None) -> tuple[Tensor, ...]:
+        """What the decoder would get of a codebook that holds every vector; the last of the last size."""
         raise NotImplementedError
 
     def vectors(self, k: int, f_BCHW: Tensor) -> Tensor:
@@ -266,25 +271,30 @@ class MultiScaleQuantizer(Quantizer):
 
     # -- training ----------------------------------------------------------------------------
 
-    def forward(self, f_BCHW: Tensor) -> Quantized:
+    def forward(self, f_BCHW: Tensor, sizes: Sequence[Size] | None = None) -> Quantized:
         """Quantise with gradients.
 
         loss = 1/K·Σ_k (β·|sg(f_hat_k) − f|² + |f_hat_k − sg(f)|²), |·|² the mean over elements and
         f_hat_k the sum of the first k scales; the gradient of f_hat goes straight to f.
         """
+        sizes = sizes or self.sizes
         with torch.autocast(f_BCHW.device.type, enabled=False):
             f_BCHW = f_BCHW.float()
             target_BCHW = f_BCHW.detach()
             f_hat_BCHW, loss = torch.zeros_like(target_BCHW), torch.zeros((), device=f_BCHW.device)
-            tokens, residuals = [], []
-            for tokens_Bl, residual_NC, h_BCHW in self._residual_steps(f_BCHW, self.sizes):
+            tokens, vectors = [], []
+            for tokens_Bl, vectors_NC, h_BCHW in self._residual_steps(f_BCHW, sizes):
                 f_hat_BCHW = f_hat_BCHW + h_BCHW
                 commitment = F.mse_loss(f_hat_BCHW.detach(), f_BCHW)
                 loss = loss + self.config.beta * commitment + F.mse_loss(f_hat_BCHW, target_BCHW)
                 tokens.append(tokens_Bl)
-                residuals.append(residual_NC)
+                vectors.append(vectors_NC)
             straight_BCHW = (f_hat_BCHW.detach() - target_BCHW) + f_BCHW
-        return Quantized(straight_BCHW, loss / len(self.sizes), torch.cat(tokens, dim=1), tuple(residuals))
+        return Quantized(straight_BCHW, loss / len(sizes), torch.cat(tokens, dim=1), tuple(vectors))
+
+    def unquantised(self, f_BCHW: Tensor, sizes: Sequence[Size] | None = None) -> tuple[Tensor, ...]:
+        """The features themselves."""
+        return (f_BCHW,)
 
     def vectors(self, k: int, f_BCHW: Tensor) -> Tensor:
         """What scale k quantises of a residual: vectors (B·h·w, C)."""

@@ -23,6 +23,10 @@ from torch.nn import functional as F
 from scaling.config import TokenizerConfig
 from scaling.tokenizer.quantizer import Quantized, Quantizer, Size, nearest_codes, vectors_of_size
 
+TEMPERATURE = 0.01
+"""Of the entropy term's softmax, as published."""
+_TINY = 1e-5
+
 
 class ScalableQuantizer(Quantizer):
     """Each size by itself.
@@ -78,27 +82,63 @@ class ScalableQuantizer(Quantizer):
         for codes_BChw, following in zip(self._codes_by_step(tokens_BL, sizes), sizes[1:], strict=False):
             yield _resized(codes_BChw, following)
 
-    def forward(self, f_BCHW: Tensor) -> Quantized:
-        """Quantise with gradients.
+    def forward(self, f_BCHW: Tensor, sizes: Sequence[Size] | None = None) -> Quantized:
+        """Quantise with gradients, each size by itself.
 
         loss = 1/K·Σ_k (β·|sg(c_k) − f_k|² + |c_k − sg(f_k)|²), |·|² the mean over elements, f_k the features
         of step k at unit length and c_k their codes; the gradient of a code goes straight to its feature.
         """
-        loss, tokens, residuals = torch.zeros((), device=f_BCHW.device), [], []
+        sizes = sizes or self.sizes
+        loss, tokens, vectors, features = torch.zeros((), device=f_BCHW.device), [], [], []
         with torch.autocast(f_BCHW.device.type, enabled=False):
             book_VC = self._codebook().detach()
-            for h, w in self.sizes:
-                unit_NC = unit_vectors(f_BCHW.float(), (h, w))
-                vectors_NC = unit_NC.detach()
-                tokens_N = nearest_codes(vectors_NC, book_VC)
+            for size in sizes:
+                unit_NC = unit_vectors(f_BCHW.float(), size)
+                tokens_N = nearest_codes(unit_NC.detach(), book_VC)
                 codes_NC = self.codes(tokens_N)
                 commitment = F.mse_loss(codes_NC.detach(), unit_NC)
-                loss = loss + self.config.beta * commitment + F.mse_loss(codes_NC, vectors_NC)
-                tokens.append(tokens_N.view(-1, h * w))
-                residuals.append(vectors_NC)
-                straight_NC = (codes_NC.detach() - vectors_NC) + unit_NC
-        features_BCHW = straight_NC.unflatten(0, (-1, h, w)).permute(0, 3, 1, 2)
-        return Quantized(features_BCHW, loss / len(self.sizes), torch.cat(tokens, dim=1), tuple(residuals))
+                loss = loss + self.config.beta * commitment + F.mse_loss(codes_NC, unit_NC.detach())
+                tokens.append(tokens_N.view(len(f_BCHW), -1))
+                vectors.append(unit_NC)
+                features.append(_map((codes_NC - unit_NC).detach() + unit_NC, size))
+        *smaller, last_BCHW = features
+        return Quantized(
+            last_BCHW, loss / len(sizes), torch.cat(tokens, dim=1), tuple(vectors), tuple(smaller)
+        )
+
+    def unquantised(self, f_BCHW: Tensor, sizes: Sequence[Size] | None = None) -> tuple[Tensor, ...]:
+        """Each step's features (B, C, h, w), at unit length."""
+        return tuple(_map(unit_vectors(f_BCHW, size), size) for size in sizes or self.sizes)
+
+    # -- the entropy term ------------------------------------------------------------------------
+
+    def mean_probabilities(self, f_BCHW: Tensor, sizes: Sequence[Size] | None = None) -> list[Tensor]:
+        """Per step, how likely each code is on average: (V,), softmax of −|f − c|²/τ over the codes."""
+        units = [unit_vectors(f_BCHW.float(), size) for size in sizes or self.sizes]
+        return [self._log_probabilities(unit_NC).exp().mean(0) for unit_NC in units]
+
+    def entropy(self, vectors: Sequence[Tensor], means: Sequence[Tensor]) -> Tensor:
+        """mean_n H(p_n) − H(mean_n p_n), averaged over steps: each vector sure of its code, all codes used.
+
+        Args:
+            vectors: per step those of this part of the batch (N, C), of unit length, with gradients.
+            means: per step ``mean_probabilities`` of the whole batch. The mean's entropy is no mean over
+                parts; with its slope at the batch's mean every part gets the whole batch's gradient.
+        """
+        total = torch.zeros((), device=means[0].device)
+        for unit_NC, mean_V in zip(vectors, means, strict=True):
+            log_NV, mean_V = self._log_probabilities(unit_NC), mean_V.detach()
+            each = -(log_NV.exp() * log_NV).sum(1).mean()
+            logs_V = (mean_V + _TINY).log()
+            slope = ((logs_V + mean_V / (mean_V + _TINY)) * log_NV.exp().mean(0)).sum()
+            total = total + each + (mean_V * logs_V).sum() + slope - slope.detach()
+        return total / len(means)
+
+    def _log_probabilities(self, unit_NC: Tensor) -> Tensor:
+        # |f − c|² = 2 − 2·f·c at unit length; the constant falls out of the softmax.
+        return F.log_softmax(2 * unit_NC @ self._codebook().T / TEMPERATURE, dim=1)
+
+    # -- seeding -----------------------------------------------------------------------------------
 
     def vectors(self, k: int, f_BCHW: Tensor) -> Tensor:
         """What step k quantises of features: vectors (B·h·w, C) of unit length."""
@@ -119,6 +159,11 @@ def unit_vectors(f_BCHW: Tensor, size: Size) -> Tensor:
     if size[0] > H or size[1] > W:
         raise ValueError(f"a step of {size} is larger than the features, {(H, W)}")
     return F.normalize(vectors_of_size(f_BCHW, size), dim=1)
+
+
+def _map(vectors_NC: Tensor, size: Size) -> Tensor:
+    """Vectors (B·h·w, C) as a map (B, C, h, w)."""
+    return vectors_NC.unflatten(0, (-1, *size)).permute(0, 3, 1, 2)
 
 
 def _resized(codes_BChw: Tensor, size: Size) -> Tensor:

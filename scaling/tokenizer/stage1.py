@@ -23,13 +23,24 @@ from torch import Tensor, nn
 
 from scaling.checkpoint import Checkpoint, Tensors, optimizer_tensors, restore_module, restore_optimizer
 from scaling.config import ConfigError, TokenizerRunConfig
-from scaling.tokenizer.codebook import forget_moments, hits, perplexity, revive, seeded_codebook, usage
+from scaling.tokenizer.codebook import (
+    forget_moments,
+    hits,
+    perplexity,
+    revive,
+    seeded_codebook,
+    step_scales,
+    usage,
+)
 from scaling.tokenizer.discriminator import PatchDiscriminator
 from scaling.tokenizer.losses import adaptive_weight, hinge_discriminator, hinge_generator, learning_rate
 from scaling.tokenizer.lpips import load_lpips
+from scaling.tokenizer.metrics import at_size
+from scaling.tokenizer.quantizer import Size
+from scaling.tokenizer.scalable import ScalableQuantizer
 from scaling.tokenizer.vqvae import Tokenizer
 
-TERMS = ("loss", "pixel_l1", "pixel_l2", "vq", "perceptual", "adversarial", "discriminator")
+TERMS = ("loss", "pixel_l1", "pixel_l2", "vq", "entropy", "perceptual", "adversarial", "discriminator")
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -100,19 +111,27 @@ class Stage1:
         last_layer = self.tokenizer.decoder.conv_out.weight
         norms = torch.zeros(2, *last_layer.shape, device=self.device)
         sums, hits_KV = torch.zeros_like(self.sums), torch.zeros_like(self.hits_logged_KV)
-        residuals: list[list[Tensor]] = []
-        for part_B3HW in images_B3HW.split(micro_batch or len(images_B3HW)):
+        vectors: list[list[Tensor]] = []
+        parts = images_B3HW.split(micro_batch or len(images_B3HW))
+        used = step_scales(self.config.tokenizer, train, step)
+        sizes = [self.tokenizer.quantize.sizes[k] for k in used]
+        means = self._mean_probabilities(parts, sizes) if train.entropy > 0 and quantise else None
+        for part_B3HW in parts:
             share = len(part_B3HW) / len(images_B3HW)
             with self._autocast():
-                reconstruction_B3HW, quantized = self.tokenizer(part_B3HW, quantise)
-                reconstruction_B3HW = reconstruction_B3HW.float()
-                terms = self._reconstruction_terms(part_B3HW, reconstruction_B3HW)
+                rebuilds, quantized = self.tokenizer(part_B3HW, quantise, sizes)
+                rebuilds = [rebuild_B3hw.float() for rebuild_B3hw in rebuilds]
+                reconstruction_B3HW = rebuilds[-1]
+                terms = self._reconstruction_terms(part_B3HW, rebuilds)
                 rebuilt = (
                     train.pixel_l1 * terms["pixel_l1"]
                     + train.pixel_l2 * terms["pixel_l2"]
                     + train.perceptual * terms["perceptual"]
                 )
                 loss = rebuilt if quantized is None else rebuilt + train.codebook * quantized.loss
+                if quantized is not None and means is not None:
+                    terms["entropy"] = self._entropy(quantized.vectors, means)
+                    loss = loss + train.entropy * terms["entropy"]
                 if measured:
                     generator = self._judge_frozen(reconstruction_B3HW)
                     for row, term in enumerate((rebuilt, generator)):
@@ -127,8 +146,8 @@ class Stage1:
             terms["loss"] = loss
             if quantized is not None:
                 terms["vq"] = quantized.loss
-                hits_KV += hits(quantized.tokens, self.config.tokenizer.scales, self.config.tokenizer.vocab)
-                residuals.append(list(quantized.residuals))
+                hits_KV[used] += hits(quantized.tokens, [h for h, _ in sizes], self.config.tokenizer.vocab)
+                vectors.append([vectors_NC.detach() for vectors_NC in quantized.vectors])
             sums += share * torch.stack([terms.get(t, sums.new_zeros(())).detach() for t in TERMS])
         self._average([*self._gradients(), norms, sums])
         hits_KV = self._over_processes(hits_KV, "sum")
@@ -143,17 +162,38 @@ class Stage1:
         self.hits_logged_KV += hits_KV
         self.hits_revival_KV += hits_KV
         if quantise and train.revive_every and (step + 1 - train.autoencode_steps) % train.revive_every == 0:
-            self._revive(step, residuals)
+            self._revive(step, vectors)
 
-    def _reconstruction_terms(self, images_B3HW: Tensor, reconstruction_B3HW: Tensor) -> dict[str, Tensor]:
-        difference_B3HW = reconstruction_B3HW - images_B3HW
-        terms = {"pixel_l1": difference_B3HW.abs().mean(), "pixel_l2": difference_B3HW.square().mean()}
-        terms["perceptual"] = (
-            self.perceptual(images_B3HW, reconstruction_B3HW)
-            if self.perceptual is not None
-            else torch.zeros((), device=self.device)
-        )
+    def _reconstruction_terms(self, images_B3HW: Tensor, rebuilds: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Pixel terms over all reconstructions, each against the image at its size; LPIPS at the full one."""
+        zero = torch.zeros((), device=self.device)
+        terms = {"pixel_l1": zero, "pixel_l2": zero, "perceptual": zero}
+        for rebuild_B3hw in rebuilds:
+            difference_B3hw = rebuild_B3hw - at_size(images_B3HW, rebuild_B3hw)
+            terms["pixel_l1"] = terms["pixel_l1"] + difference_B3hw.abs().mean() / len(rebuilds)
+            terms["pixel_l2"] = terms["pixel_l2"] + difference_B3hw.square().mean() / len(rebuilds)
+        if self.perceptual is not None:
+            terms["perceptual"] = self.perceptual(images_B3HW, rebuilds[-1])
         return terms
+
+    @torch.no_grad()
+    def _mean_probabilities(self, parts: Sequence[Tensor], sizes: Sequence[Size]) -> list[Tensor]:
+        """Per size how likely each code is, on average over the global batch."""
+        quantizer, images = self.tokenizer.quantize, sum(len(part_B3HW) for part_B3HW in parts)
+        assert isinstance(quantizer, ScalableQuantizer)
+        total_KV = torch.zeros(len(sizes), quantizer.config.vocab, device=self.device)
+        for part_B3HW in parts:
+            with self._autocast():
+                features_BCHW = self.tokenizer.encode_features(part_B3HW)
+            means = quantizer.mean_probabilities(features_BCHW, sizes)
+            total_KV += len(part_B3HW) / images * torch.stack(means)
+        return list(self._over_processes(total_KV, "mean"))
+
+    def _entropy(self, vectors: Sequence[Tensor], means: Sequence[Tensor]) -> Tensor:
+        quantizer = self.tokenizer.quantize
+        assert isinstance(quantizer, ScalableQuantizer)
+        with torch.autocast(self.device.type, enabled=False):
+            return quantizer.entropy(vectors, means)
 
     def _judge_frozen(self, reconstruction_B3HW: Tensor) -> Tensor:
         """The generator's term; no gradient reaches the discriminator's weights."""
@@ -199,9 +239,9 @@ class Stage1:
         reduced: Tensor = self.accelerator.reduce(tensor, reduction)
         return reduced
 
-    def _gathered(self, residuals: Iterable[list[Tensor]]) -> list[Tensor]:
+    def _gathered(self, vectors: Iterable[list[Tensor]]) -> list[Tensor]:
         """Per scale, the vectors of all micro-batches and processes, in the global batch's order."""
-        scales = [torch.cat(parts) for parts in zip(*residuals, strict=True)]
+        scales = [torch.cat(parts) for parts in zip(*vectors, strict=True)]
         return [self.accelerator.gather(vectors_NC) for vectors_NC in scales]
 
     # -- the codebook ----------------------------------------------------------------------------
@@ -220,11 +260,11 @@ class Stage1:
         self.tokenizer.quantize.embedding.weight.copy_(broadcast(book_VC))
 
     @torch.no_grad()
-    def _revive(self, step: int, residuals: list[list[Tensor]]) -> None:
+    def _revive(self, step: int, vectors: list[list[Tensor]]) -> None:
         train, codebook = self.config.train, self.tokenizer.quantize.embedding.weight
         if step + 1 <= train.revive_until * train.steps:
             unused_V = self.hits_revival_KV.sum(0) == 0
-            rows = revive(codebook, unused_V, self._gathered(residuals), train.seed, step)
+            rows = revive(codebook, unused_V, self._gathered(vectors), train.seed, step)
             forget_moments(self.optimizer, codebook, rows)
             self.revived += len(rows)
         self.hits_revival_KV.zero_()
@@ -244,6 +284,8 @@ class Stage1:
                 "lower tokenizer_train.lr or use tokenizer_train.precision fp32"
             )
         record: dict[str, Any] = dict(means)
+        if self.config.train.entropy == 0:
+            record["entropy"] = None
         if self.perceptual is None:
             record["perceptual"] = None
         if self.discriminator is None:

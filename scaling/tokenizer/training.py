@@ -101,6 +101,11 @@ def check(config: TokenizerRunConfig, processes: int) -> None:
         f"data.resolution must be at least {metrics.WINDOW} (the window of SSIM), got {resolution}",
     )
     require(
+        config.train.entropy == 0 or tokenizer.quantizer == "scalable",
+        "tokenizer_train.entropy is a term of the scalable tokenizer: set it to 0 or tokenizer.quantizer to "
+        "'scalable'",
+    )
+    require(
         config.train.batch % processes == 0,
         f"tokenizer_train.batch {config.train.batch} cannot be shared evenly by {processes} processes",
     )
@@ -211,26 +216,38 @@ def evaluate(
         total: adds sums over processes.
 
     Returns:
-        psnr (dB) and ssim, means over images of the reconstructions rounded to 8 bits; usage (share of the
-        codebook used) and perplexity per scale, and the usage over all scales; eval_images.
+        psnr (dB) and ssim, means over images of the reconstructions rounded to 8 bits; for a scalable
+        tokenizer both also per size, against the image at that size (ssim None where its window does not
+        fit); usage (share of the codebook used) and perplexity per scale, and the usage over all scales;
+        eval_images.
     """
     config = tokenizer.config
     hits_KV = torch.zeros(len(config.scales), config.vocab, dtype=torch.int64, device=device)
-    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    scalable = config.quantizer == "scalable"
+    sums_K2 = torch.zeros(len(config.scales) if scalable else 1, 2, dtype=torch.float64, device=device)
     for begin in range(0, len(images), batch):
         originals_B3HW = to_device(images[begin : begin + batch], device)
         tokens_BL = tokenizer.encode(originals_B3HW)
-        rebuilt_B3HW = to_device(to_pixels(tokenizer.decode(tokens_BL)), device)
-        x, y = (originals_B3HW + 1) / 2, (rebuilt_B3HW + 1) / 2
-        # One grey level off everywhere is 48.1 dB: a perfect image counts as 60 dB, not as infinity.
-        fidelity = metrics.psnr(x, y).clamp(max=60).sum(), metrics.ssim(x, y).sum()
-        sums += torch.stack([*fidelity, sums.new_tensor(len(x))])
         hits_KV += hits(tokens_BL, config.scales, config.vocab)
-    sums, hits_KV = total(sums), total(hits_KV)
-    count = float(sums[2])
+        for k, features_BChw in enumerate(tokenizer.quantize.cumulative_features(tokens_BL)[-len(sums_K2) :]):
+            rebuilt_B3hw = to_device(to_pixels(tokenizer.decode_features(features_BChw)), device)
+            x, y = (metrics.at_size(originals_B3HW, rebuilt_B3hw) + 1) / 2, (rebuilt_B3hw + 1) / 2
+            # One grey level off everywhere is 48.1 dB: a perfect image counts as 60 dB, not as infinity.
+            sums_K2[k, 0] += metrics.psnr(x, y).clamp(max=60).sum()
+            if min(y.shape[2:]) >= metrics.WINDOW:
+                sums_K2[k, 1] += metrics.ssim(x, y).sum()
+    count = float(total(sums_K2.new_tensor(len(images))))
+    sums_K2, hits_KV = total(sums_K2), total(hits_KV)
+    psnr_K, ssim_K = (sums_K2 / count).T.tolist()
+    per_size: dict[str, Any] = {}
+    if scalable:
+        fits = [side * config.downsampling >= metrics.WINDOW for side in config.scales]
+        per_size["psnr_scales"] = psnr_K
+        per_size["ssim_scales"] = [s if fit else None for s, fit in zip(ssim_K, fits, strict=True)]
     return {
-        "psnr": float(sums[0]) / count,
-        "ssim": float(sums[1]) / count,
+        "psnr": psnr_K[-1],
+        "ssim": ssim_K[-1],
+        **per_size,
         "usage_scales": usage(hits_KV),
         "perplexity_scales": perplexity(hits_KV),
         "usage": usage(hits_KV.sum(0, keepdim=True))[0],
@@ -278,16 +295,17 @@ def finish(
 def draw_reconstructions(
     tokenizer: Tokenizer, images: UInt8, facts: dict[str, Any], device: torch.device, file: Path
 ) -> None:
-    """The picture of some validation images, their reconstructions, and the scales adding up."""
+    """The picture of some validation images, their reconstructions, and the scales, added up or alone."""
     tokens_BL = tokenizer.encode(to_device(images, device))
     rebuilt = to_pixels(tokenizer.decode(tokens_BL))
     cumulative = tokenizer.quantize.cumulative_features(tokens_BL[:STAGED])
-    stages = np.stack([to_pixels(tokenizer.decode_features(f_hat)) for f_hat in cumulative], axis=1)
+    stages = [to_pixels(tokenizer.decode_features(features_BChw)) for features_BChw in cumulative]
     title = (
         f"{tokenizer.resolution} px, vocabulary {tokenizer.config.vocab}, {tokenizer.config.seq_len} tokens: "
         f"{facts['psnr']:.2f} dB, SSIM {facts['ssim']:.3f} on {facts['eval_images']} validation images"
     )
-    sheet = reconstruction_sheet(images, rebuilt, stages, tokenizer.config.scales, title)
+    alone = tokenizer.config.quantizer == "scalable"
+    sheet = reconstruction_sheet(images, rebuilt, stages, tokenizer.config.scales, title, alone)
     partial = file.with_name(f".{file.name}")
     sheet.save(partial, format="PNG")
     partial.replace(file)

@@ -98,18 +98,28 @@ class Tokenizer(nn.Module):
         images_B3HW: Tensor = self.decoder(self.post_quant_conv(f_hat_BCHW))
         return images_B3HW
 
-    def forward(self, images_B3HW: Tensor, quantise: bool = True) -> tuple[Tensor, Quantized | None]:
-        """Reconstructions (B, 3, H, W), not clamped, and the quantiser's result, with gradients.
+    def forward(
+        self, images_B3HW: Tensor, quantise: bool = True, sizes: Sequence[Size] | None = None
+    ) -> tuple[list[Tensor], Quantized | None]:
+        """Reconstructions, not clamped, and the quantiser's result, with gradients.
 
         Args:
+            images_B3HW: in [−1, 1].
             quantise: False reconstructs from the encoder's own features, as a plain autoencoder.
+            sizes: other steps (h, w) than the config's.
+
+        Returns:
+            the reconstruction (B, 3, H, W), scalable: of every step (B, 3, h·f, w·f), the last at full size;
+            and the quantiser's result.
         """
-        self._check(images_B3HW, None)
+        self._check(images_B3HW, sizes)
         features_BCHW = self.encode_features(images_B3HW)
         if not quantise:
-            return self.decode_features(features_BCHW), None
-        quantized: Quantized = self.quantize(features_BCHW)
-        return self.decode_features(quantized.features), quantized
+            steps = self.quantize.unquantised(features_BCHW, sizes)
+            return [self.decode_features(f_BChw) for f_BChw in steps], None
+        quantized: Quantized = self.quantize(features_BCHW, sizes)
+        steps = (*quantized.smaller, quantized.features)
+        return [self.decode_features(f_BChw) for f_BChw in steps], quantized
 
     def _check(self, images_B3HW: Tensor, sizes: Sequence[Size] | None) -> None:
         steps, factor, shape = sizes or self.quantize.sizes, self.config.downsampling, images_B3HW.shape[1:]

@@ -25,9 +25,25 @@ from analysis.conventions import (
     params_convention,
     with_conventions,
 )
-from scaling.config import ModelConfig
+from scaling.config import (
+    DataConfig,
+    EvaluationConfig,
+    ModelConfig,
+    RunConfig,
+    TokenizerConfig,
+    TokenizerTrainConfig,
+    TrainConfig,
+)
 from scaling.flops import costs as costs_of
-from scaling.flops import flops_6nd, params, params_total, train_flops
+from scaling.flops import (
+    flops_6nd,
+    forward_flops_by_part,
+    params,
+    params_by_part,
+    params_total,
+    spent,
+    train_flops,
+)
 from scaling.records import RecordsError
 
 SCALES = (1, 2, 3, 4)
@@ -38,7 +54,11 @@ def table(shared: bool = False) -> tuple[pd.DataFrame, dict[str, dict[str, Any]]
     rows, costs = [], {}
     for d in range(1, 7):
         model = ModelConfig.from_depth(d, scales=SCALES, vocab=512, adaln="shared" if shared else "own")
-        costs[f"d{d}"] = costs_of(model)
+        by_part = forward_flops_by_part(model).items()
+        costs[f"d{d}"] = {
+            "params": params_by_part(model), "flops_per_image": {part: 3 * n for part, n in by_part},
+            "tokens_per_image": L,
+        }  # fmt: skip
         for images in (1_000, 10_000, 100_000):
             N, D = params(model), images * L
             rows.append(
@@ -102,13 +122,57 @@ def test_every_result_is_named() -> None:
     frame = with_conventions(RUNS, COSTS, "blocks_without_adaln", "without_embedding_and_head")
     assert frame.attrs["conventions"] == {
         "N": "N: block matrices (VAR eq. 8), without adaln",
-        "C": "C: exact training FLOPs, block-causal attention, without embedding and head",
+        "C": "C: exact training FLOPs, attention under its mask, without embedding and head",
     }
     assert labels_of(frame, "N", "C") == frame.attrs["conventions"]
     assert labels_of(frame, "params", "flops_6nd")["N"] == "N: block matrices (VAR eq. 8)"
     six = with_conventions(RUNS, flops="6nd", params="total")
     assert six.attrs["conventions"]["C"] == "C: 6·N·D (N: all trained parameters)"
     assert labels_of(RUNS, "width", "price") == {"N": "N: column width", "C": "C: column price"}
+
+
+def random_steps(steps: int, seed: int) -> tuple[pd.DataFrame, dict[str, dict[str, Any]]]:
+    """Runs of a FlexVAR that are evaluated half-way and at the end, with their costs."""
+    rows, costs = [], {}
+    for d in range(1, 5):
+        config = flexvar(d, steps, seed)
+        costs[f"d{d}"] = costs_of(config)
+        for step in (steps // 2, steps):
+            done = spent(config, step)
+            rows.append(
+                {
+                    "run": f"d{d}", "depth": d, "params": params(config.model), "tokens": done.tokens,
+                    "flops": done.flops, "final": step == steps, "loss_last": 4.0,
+                }
+            )  # fmt: skip
+    return pd.DataFrame(rows), costs
+
+
+def flexvar(depth: int, steps: int, seed: int) -> RunConfig:
+    tokenizer = TokenizerConfig(quantizer="scalable", multipliers=(1, 1, 1, 1), scales=(1, 2, 3, 4))
+    data = DataConfig(train_images=100, val_images=10, num_classes=5)
+    model = ModelConfig.from_depth(depth, family="flexvar", scales=SCALES, num_classes=5)
+    train = TrainConfig(steps=steps, batch=8)
+    return RunConfig(model, data, tokenizer, TokenizerTrainConfig(), train, EvaluationConfig(), seed)
+
+
+def test_parts_of_random_steps_are_exact_at_the_end_and_shares_before() -> None:
+    """Means over a whole run do not add up half-way, and are no other model's for that."""
+    runs, costs = random_steps(steps=40, seed=3)
+    middle = costs["d2"]["flops_per_image"]
+    images = runs["tokens"] / costs["d2"]["tokens_per_image"]
+    assert abs(sum(middle.values()) * images[2] / runs["flops"][2] - 1) > 1e-6, "the draws differ"
+    frame = with_conventions(runs, costs, flops="without_attention")
+    for row in frame.itertuples():
+        parts = costs[str(row.run)]["flops_per_image"]
+        share = 1 - parts["attention"] / sum(parts.values())
+        assert pytest.approx(row.flops * share, rel=1e-12) == row.C
+        if row.final:
+            left = sum(v for k, v in parts.items() if k != "attention")
+            assert pytest.approx(left * 40 * 8, rel=1e-9) == row.C
+    other = random_steps(steps=40, seed=4)[1]
+    with pytest.raises(DataError, match="belong to another model"):
+        with_conventions(runs, other, flops="without_attention")
 
 
 def test_costs_from_a_sweeps_folder(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from analysis import make_report
 from analysis.findings import sentences
 from analysis.study import make_study
-from scaling.records import write_json
+from scaling.records import RunFolder, read_sweep, write_json
 from tests.analysis import fabricate
 
 
@@ -46,7 +46,7 @@ def test_report_and_page_say_it(tmp_path: Path) -> None:
     page = make_report(folder).read_text()
     assert "Larger models, not trained" in page
     assert "<td>d8</td>" in page
-    outlook = json.loads((folder / "report" / "fits.json").read_text())["outlook"]
+    outlook = json.loads((folder / "report" / "fits.json").read_text())["families"]["var"]["outlook"]
     assert {o["depth"] for o in outlook} == {6, 8, 12}
     assert any("A model of depth 8" in text for text in sentences(make_study(folder)))
 
@@ -57,14 +57,22 @@ def test_two_depths_say_nothing_of_others(tmp_path: Path) -> None:
     assert "nothing is said of larger models" in make_report(folder).read_text()
 
 
+def test_seeds_that_drew_other_steps_leave_the_outlook(tmp_path: Path) -> None:
+    """With random steps a seed has its own cost per token; N still follows from the depth."""
+    folder = fabricate.sweep(tmp_path, depths=(1, 2, 3, 4), seeds=(0, 1), noise=1e-3)
+    for depth in (1, 2, 3, 4):
+        run = RunFolder(folder / f"var-d{depth}-s1-0123456789")
+        fabricate.change(folder, depth, seed=1, flops=int(run.metrics("eval")[-1]["flops"] * 1.01))
+    assert {o.depth for o in make_study(folder).outlook} == {6, 8, 12}
+
+
 def test_images_that_were_left_out_are_told(tmp_path: Path) -> None:
     folder = fabricate.sweep(tmp_path, depths=(1, 2, 3, 4))
-    sweep = json.loads((folder / "sweep.json").read_text())
-    write_json(folder / "sweep.json", sweep | {"tokens": "../tokens/t"})
     skipped = [{"index": 3, "error": "cannot identify image file"}]
-    (tmp_path / "tokens" / "t").mkdir(parents=True)
+    tokens = folder / read_sweep(folder).runs[0].tokens
+    tokens.mkdir(parents=True)
     write_json(
-        tmp_path / "tokens" / "t" / "manifest.json",
+        tokens / "manifest.json",
         {"splits": {"train": {"skipped": skipped}, "val": {"skipped": []}}},
     )
     notes = make_study(folder).notes

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scaling.records import FolderBusyError, RecordsError, RunFolder, list_runs, write_json
+from scaling.records import FolderBusyError, RecordsError, RunFolder, list_runs, read_sweep, write_json
 
 
 @pytest.fixture
@@ -188,11 +188,52 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
 
 
+def listed(name: str, **other: object) -> dict[str, object]:
+    return {"run": name, "family": "var", "tokenizer": "../tokenizers/t", "tokens": "../tokens/t"} | other
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ([], "expected an object with a list of runs, each with run, family, tokenizer, tokens"),
+        ({"runs": ["a"], "tokenizer": "../t/t", "tokens": "../t/t"}, "'run' with the same recipe"),
+        ({"runs": [listed("a", family=None)]}, "expected an object with a list of runs"),
+        ({"runs": [{"run": "a"}]}, "expected an object with a list of runs"),
+        ({"runs": [listed("a", tokenizer="../../t")]}, r"tokenizer '\.\./\.\./t' of a lies outside"),
+        ({"runs": [listed("a", tokens="/etc")]}, "tokens '/etc' of a lies outside"),
+    ],
+)  # fmt: skip
+def test_a_damaged_list_of_runs_is_told(tmp_path: Path, value: object, message: str) -> None:
+    """A list without the runs' own tokenizers, as it once was, too."""
+    RunFolder(tmp_path / "a").create({})
+    write_json(tmp_path / "sweep.json", value)
+    for read in (read_sweep, list_runs):
+        with pytest.raises(RecordsError, match=message) as caught:
+            read(tmp_path)
+        assert "sweep.json" in str(caught.value)
+
+
+def test_a_sweep_reached_through_a_link_keeps_its_tokenizers(tmp_path: Path) -> None:
+    """Where the folders really lie is a person's own affair."""
+    (tmp_path / "disk" / "sweep").mkdir(parents=True)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "sweep").symlink_to(tmp_path / "disk" / "sweep")
+    write_json(tmp_path / "runs" / "sweep" / "sweep.json", {"runs": [listed("a")]})
+    assert [run.run for run in read_sweep(tmp_path / "runs" / "sweep").runs] == ["a"]
+
+
+def test_measurements_drawn_otherwise_are_lines_of_their_own(folder: RunFolder) -> None:
+    for guidance, fid in ((1.0, 30.0), (2.0, 20.0), (1.0, 31.0)):
+        folder.append({"kind": "fidelity", "step": 5, "guidance": guidance, "fid": fid})
+    folder.append({"kind": "eval", "step": 5})
+    assert [(r["guidance"], r["fid"]) for r in folder.metrics("fidelity")] == [(2.0, 20.0), (1.0, 31.0)]
+
+
 def test_runs_are_listed_in_the_sweeps_order(tmp_path: Path) -> None:
     for name in ("b", "a"):
         RunFolder(tmp_path / name).create({})
     assert [r.name for r in list_runs(tmp_path)] == ["a", "b"]
-    write_json(tmp_path / "sweep.json", {"runs": ["b", "a", "not-started"]})
+    write_json(tmp_path / "sweep.json", {"runs": [listed(name) for name in ("b", "a", "not-started")]})
     assert [r.name for r in list_runs(tmp_path)] == ["b", "a"]
 
 

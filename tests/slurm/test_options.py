@@ -10,7 +10,7 @@ import pytest
 from scaling.config import ConfigError, LaunchConfig
 from scaling.records import RecordsError, RunFolder
 from sweeps import slurm, slurm_queue
-from sweeps.jobs import Job
+from sweeps.jobs import Job, Kind
 from sweeps.slurm_options import Resources, SlurmOptions
 from sweeps.slurm_queue import Seen, standing, words
 
@@ -53,9 +53,12 @@ def test_options_of_sbatch_are_passed_through() -> None:
     ],
 )
 def test_what_has_no_meaning_is_refused(options: SlurmOptions, said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+    def ask() -> None:
         options.check()
         options.resources(LAUNCH, 4)
+
+    with pytest.raises(ConfigError, match=said):
+        ask()
 
 
 @pytest.mark.parametrize(
@@ -96,11 +99,11 @@ def test_without_slurm_a_person_is_told(monkeypatch: pytest.MonkeyPatch, tmp_pat
         slurm.cancel(tmp_path, "tiny")
 
 
-def job(folder: Path, kind: str, state: str, needs: tuple[Path, ...] = (), recheck: bool = False) -> Job:
+def job(folder: Path, kind: Kind, state: str, needs: tuple[Path, ...] = (), recheck: bool = False) -> Job:
     made = RunFolder(folder)
     made.set_status(state)
     (folder / "product").write_text("here")
-    return Job(folder.name, kind, made, (), "product", needs=needs, recheck=recheck)  # type: ignore[arg-type]
+    return Job(folder.name, kind, made, (), "product", needs=needs, recheck=recheck)
 
 
 def test_only_what_is_missing_and_needed_is_handed_over(tmp_path: Path) -> None:

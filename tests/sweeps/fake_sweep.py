@@ -23,6 +23,7 @@ def fake_job(
     """A job named ``name`` in ``root``; it needs the jobs named ``needs``."""
     command = [sys.executable, str(HERE / "fake_job.py"), str(root / name), str(steps)]
     return Job(
+        name,
         "run",
         RunFolder(root / name),
         tuple(command + [behaviour] * bool(behaviour)),

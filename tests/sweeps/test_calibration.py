@@ -17,7 +17,7 @@ from scaling.records import RecordsError
 from sweeps import calibration
 from sweeps.calibration import ImageSpeed, RunSpeed
 from sweeps.machine import Allotment, Machine
-from sweeps.plan import Plan, makespan
+from sweeps.plan import Plan, makespan, stage_of
 from sweeps.recipe import load_recipe
 from sweeps.tables import duration, plan_notes
 from tests.sweeps.test_plan import LAPTOP, planned, printed
@@ -32,8 +32,9 @@ def speed_of(plan: Plan, depth: int, flops_per_second: float, other: float, seq_
 
 
 def stage_speed(plan: Plan, job: Literal["tokenizer", "tokens"], images_per_second: float) -> ImageSpeed:
-    shape = calibration.image_shape(plan.tokenizer_run)
-    settings = calibration.image_settings(job, plan.tokenizer_run, plan.recipe.launch)
+    stage = stage_of(plan.jobs[0])
+    shape = calibration.image_shape(stage)
+    settings = calibration.image_settings(job, stage, plan.recipe.launch)
     return ImageSpeed(job, plan.machine.name, 4, 1, "fp32", shape, images_per_second, 0.0, 9, settings)
 
 
@@ -254,7 +255,7 @@ def test_speeds_from_before_settings_were_kept_are_used_with_a_mark(tmp_path: Pa
 
 def test_a_tokenizers_start_is_told_apart_from_its_speed(tmp_path: Path) -> None:
     plan = planned(tmp_path)
-    stage, job = plan.tokenizer_run, plan.jobs[0]
+    stage, job = stage_of(plan.jobs[0]), plan.jobs[0]
 
     def measured(seconds: float) -> ImageSpeed | None:
         return calibration.measure_images("tokenizer", job.folder, stage, LAPTOP, 4, LaunchConfig(), seconds)
@@ -278,7 +279,7 @@ def test_a_token_jobs_speed_is_the_one_it_told(tmp_path: Path) -> None:
     folder, images = plan.jobs[1].folder, calibration.cached_images(plan.data)
     folder.set_status("done", images_per_second=500.0)
     found = calibration.measure_images(
-        "tokens", folder, plan.tokenizer_run, LAPTOP, 4, LaunchConfig(), images / 500 + 9
+        "tokens", folder, stage_of(plan.jobs[1]), LAPTOP, 4, LaunchConfig(), images / 500 + 9
     )
     assert found is not None
     assert (found.images_per_second, found.other_seconds) == (500.0, pytest.approx(9))

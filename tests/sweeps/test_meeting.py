@@ -19,6 +19,7 @@ from scaling.records import RecordsError, RunFolder
 from sweeps import commands, meeting
 from sweeps.jobs import Job, command, tokenizer_jobs
 from sweeps.meeting import Follower, Leader, Sign
+from sweeps.plan import stage_of
 from sweeps.recipe import load_recipe
 from sweeps.scheduler import JobState, Scheduler
 from tests.sweeps.fake_sweep import fake_job
@@ -40,7 +41,7 @@ def share(root: Path, name: str, code: str = "") -> Job:
     folder.path.mkdir(parents=True, exist_ok=True)
     met = str(folder.path / "met.txt")
     text = f"import os, time; open({met!r}, 'a').write(os.environ['PET_RDZV_ID']); {code}"
-    return Job("run", folder, (sys.executable, "-c", text), "product")
+    return Job(name, "run", folder, (sys.executable, "-c", text), "product")
 
 
 def follower(root: Path, *jobs: Job, told: list[str] | None = None) -> Follower:
@@ -375,8 +376,9 @@ def test_machines_of_one_process_meet_too(tmp_path: Path) -> None:
     text = " ".join(command("run", ["folder"], launch))
     assert "--num_processes 2 --num_machines 2 --machine_rank 1 --main_process_ip first" in text
     assert "--main_process_port 4000" in text
-    folders = planned(tmp_path).folders
-    assert "accelerate" not in " ".join(tokenizer_jobs(folders, launch, 1)[0].command)
+    made = planned(tmp_path)
+    stages = [stage_of(job) for job in made.stage_jobs[:1]]
+    assert "accelerate" not in " ".join(tokenizer_jobs(made.folders, stages, launch, 1)[0].command)
 
 
 def test_memory_of_a_process_shrinks_with_its_share_of_the_batch(tmp_path: Path) -> None:

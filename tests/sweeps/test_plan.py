@@ -17,7 +17,7 @@ from scaling.records import RecordsError, RunFolder, read_json
 from sweeps import machine
 from sweeps.jobs import command
 from sweeps.machine import MEMORY_SHARE, PROCESS_BYTES, Machine, allot
-from sweeps.plan import Plan, make_plan, makespan
+from sweeps.plan import Plan, cache_bytes, make_plan, makespan
 from sweeps.recipe import Recipe, load_recipe
 from sweeps.tables import duration, number, plan_notes, plan_table, size
 
@@ -59,7 +59,7 @@ def test_a_plan_is_the_same_every_time_and_survives_json(tmp_path: Path) -> None
 def test_what_is_done_is_no_longer_to_do(tmp_path: Path) -> None:
     plan = planned(tmp_path)
     plan.write()
-    expected_disk = plan.disk - plan.cache_bytes - plan.runs[4].disk
+    expected_disk = plan.disk - cache_bytes(plan.jobs[1]) - plan.runs[4].disk
     finish(plan, 1)
     finish(plan, 6)
     after = planned(tmp_path)
@@ -74,10 +74,11 @@ def test_sweep_json_lists_the_runs_and_points_to_tokenizer_and_tokens(tmp_path: 
     plan.write()
     plan.write()  # the same again is no conflict
     sweep = read_json(tmp_path / "quickstart" / "sweep.json")
-    assert sweep["runs"] == [c.run_id for c in plan.configs]
-    for key in ("tokenizer", "tokens"):
-        assert (tmp_path / "quickstart" / sweep[key] / "config.json").exists()
-    assert RunFolder(tmp_path / "quickstart" / sweep["runs"][0]).config() == to_dict(plan.configs[0])
+    assert [run["run"] for run in sweep["runs"]] == [c.run_id for c in plan.configs]
+    for run in sweep["runs"]:
+        for key in ("tokenizer", "tokens"):
+            assert (tmp_path / "quickstart" / run[key] / "config.json").exists()
+    assert RunFolder(tmp_path / "quickstart" / sweep["runs"][0]["run"]).config() == to_dict(plan.configs[0])
     assert sweep["recipe"]["data"]["num_classes"] == 9
 
 

@@ -27,7 +27,7 @@ def running(folder: Path, name: str, step: int, seconds_ago: float = 0.0) -> Job
 def test_a_row_shows_what_the_job_wrote_but_nothing_of_an_earlier_attempt(tmp_path: Path) -> None:
     progress, _ = display(terminal=False)
     state = running(tmp_path, "a", 30, seconds_ago=1)
-    assert progress.row(state) == Row("a", "running", 30, 100, 4.5, 800.0, None)
+    assert progress.row(state) == Row("a", "run", "running", 30, 100, 4.5, 800.0, None)
     state.started = time.time() + 60
     assert progress.row(state).step is None
 
@@ -48,10 +48,10 @@ def test_time_left_follows_the_speed_that_was_seen(tmp_path: Path, monkeypatch: 
 
 def test_the_line_names_runs_speed_and_time() -> None:
     rows = [
-        Row("tokenizer", "done", None, None, None, None, 0.0),
-        Row("small", "done", None, None, None, None, 0.0),
-        Row("large", "running", 30, 100, 4.5, 812.3, 70.0),
-        Row("next", "waiting", None, None, None, None, None),
+        Row("tokenizer", "tokenizer", "done", None, None, None, None, 0.0),
+        Row("small", "run", "done", None, None, None, None, 0.0),
+        Row("large", "run", "running", 30, 100, 4.5, 812.3, 70.0),
+        Row("next", "run", "waiting", None, None, None, None, None),
     ]
     text = line(rows, 130.0)
     assert text.split("  ", 1)[1] == "1/3 runs done · large 30/100 loss 4.500 812 img/s · about 2 min left"

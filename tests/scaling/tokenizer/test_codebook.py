@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from scaling.config import TokenizerConfig, TokenizerTrainConfig
 from scaling.tokenizer.codebook import (
     choose,
     forget_moments,
@@ -17,9 +19,12 @@ from scaling.tokenizer.codebook import (
     perplexity,
     revive,
     seeded_codebook,
+    step_scales,
     usage,
 )
 from scaling.tokenizer.quantizer import nearest_codes
+from scaling.tokenizer.scalable import ScalableQuantizer
+from tests.scaling.tokenizer import tiny
 from tests.scaling.tokenizer.test_quantizer import features, quantizer
 
 
@@ -50,6 +55,25 @@ def test_choices_repeat_only_when_they_must(count: int, wanted: int, seed: int) 
     assert len(chosen) == wanted
     assert len(set(chosen)) == min(count, wanted)
     assert chosen == choose(count, wanted, 1, seed)
+
+
+@given(st.integers(1, 9), st.integers(0, 12), st.integers(0, 99), st.integers(0, 5))
+def test_a_step_trains_on_some_sizes_and_the_last(count: int, wanted: int, step: int, seed: int) -> None:
+    tokenizer = TokenizerConfig(scales=tuple(range(1, count + 1)), quantizer="scalable")
+    train = TokenizerTrainConfig(random_sizes=wanted, seed=seed)
+    chosen = step_scales(tokenizer, train, step)
+    assert chosen == step_scales(tokenizer, train, step) == sorted(set(chosen))
+    assert len(chosen) == min(wanted, count - 1) + 1
+    assert chosen[-1] == count - 1
+    residual = dataclasses.replace(tokenizer, quantizer="residual")
+    assert step_scales(residual, train, step) == list(range(count))
+
+
+def test_sizes_vary_over_the_steps_and_each_has_its_turn() -> None:
+    tokenizer, train = TokenizerConfig(quantizer="scalable"), TokenizerTrainConfig()
+    drawn = [tuple(step_scales(tokenizer, train, step)) for step in range(40)]
+    assert len(set(drawn)) > 20
+    assert {k for chosen in drawn for k in chosen} == set(range(10))
 
 
 def test_kmeans_finds_separate_clusters() -> None:
@@ -113,3 +137,25 @@ def test_moments_of_moved_rows_are_forgotten() -> None:
         assert (state[key][[1, 3]] == 0).all()
         assert (state[key][[0, 2]] != 0).all()
     assert float(state["step"]) == 1
+
+
+def test_seeding_serves_every_size_by_itself() -> None:
+    q, f = ScalableQuantizer(tiny.SCALABLE.tokenizer), features(4, batch=64)
+    book = seeded_codebook(q, f, 0)
+    assert book.shape == (32, 8)
+
+    @torch.no_grad()
+    def lost(codebook: torch.Tensor) -> list[float]:
+        q.embedding.weight.copy_(codebook)
+        trained = q(f)
+        codes = q.codes(trained.tokens).split([1, 4, 16], 1)
+        return [
+            float((v - c.reshape(v.shape)).square().mean())
+            for v, c in zip(trained.vectors, codes, strict=True)
+        ]
+
+    random = torch.nn.functional.normalize(
+        torch.randn(32, 8, generator=torch.Generator().manual_seed(0)), dim=1
+    )
+    assert all(a < b for a, b in zip(lost(book), lost(random), strict=True))
+    assert min(usage(hits(q.encode(f), (1, 2, 4), 32))) > 0.2

@@ -39,8 +39,8 @@ def test_of_equal_images() -> None:
 def test_the_picture_shows_pixels_unchanged() -> None:
     generator = np.random.default_rng(0)
     originals = generator.integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
-    stages = generator.integers(0, 256, (2, 3, 16, 16, 3), dtype=np.uint8)
-    sheet = reconstruction_sheet(originals, originals[::-1], stages, (1, 2, 4), "a title")
+    stages = [generator.integers(0, 256, (2, side, side, 3), dtype=np.uint8) for side in (4, 8, 16)]
+    sheet = reconstruction_sheet(originals, originals[::-1], stages, (1, 2, 4), "a title", alone=True)
     pixels, enlarged = np.asarray(sheet), np.repeat(np.repeat(originals[0], TILE // 16, 0), TILE // 16, 1)
     # Originals in the first row; each staged image's row ends with its original.
     found = [

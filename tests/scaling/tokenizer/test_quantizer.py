@@ -142,8 +142,8 @@ def test_gradients_go_straight_through() -> None:
 def test_residuals_are_what_was_quantised() -> None:
     q, f = quantizer(), features(4)
     trained = q(f)
-    torch.testing.assert_close(trained.residuals[0], f.mean((2, 3)))
-    for vectors, tokens in zip(trained.residuals, trained.tokens.split([1, 4, 16], 1), strict=True):
+    torch.testing.assert_close(trained.vectors[0], f.mean((2, 3)))
+    for vectors, tokens in zip(trained.vectors, trained.tokens.split([1, 4, 16], 1), strict=True):
         assert torch.equal(nearest_codes(vectors, q.embedding.weight), tokens.flatten())
         assert not vectors.requires_grad
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,7 +14,7 @@ from scaling.tokenizer.scalable import ScalableQuantizer
 from scaling.tokenizer.vqvae import Tokenizer
 from tests.scaling.tokenizer import tiny
 
-SCALABLE = dataclasses.replace(tiny.TOKENIZER, quantizer="scalable", z_channels=12)
+SCALABLE = tiny.SCALABLE.tokenizer
 schedules = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 6)), min_size=1, max_size=4).map(tuple)
 
 
@@ -124,6 +122,34 @@ def test_loss_is_the_mean_over_sizes_of_codebook_and_commitment() -> None:
     torch.testing.assert_close(trained.loss, 1.25 * torch.stack(errors).mean())
 
 
+def entropy_gradient(
+    q: ScalableQuantizer, parts: list[torch.Tensor], means: list[torch.Tensor]
+) -> torch.Tensor:
+    q.zero_grad()
+    whole = sum(len(part) for part in parts)
+    for part in parts:
+        (len(part) / whole * q.entropy(q(part, [(2, 2), (4, 4)]).vectors, means)).backward()
+    assert q.embedding.weight.grad is not None
+    return q.embedding.weight.grad.clone()
+
+
+def test_parts_of_a_batch_have_the_entropy_gradient_of_the_whole() -> None:
+    q, f, sizes = quantizer(), features(4, 4, batch=4), [(2, 2), (4, 4)]
+    means = q.mean_probabilities(f, sizes)
+    whole, parts = (entropy_gradient(q, list(f.split(n)), means) for n in (4, 1))
+    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6)
+    # And it is that of the term as it is written, mean H(p) − H(mean p).
+    q.zero_grad()
+    total = torch.zeros(())
+    for size in sizes:
+        units = F.normalize(F.adaptive_avg_pool2d(f, size), dim=1).permute(0, 2, 3, 1).reshape(-1, 8)
+        p = (2 * units @ F.normalize(q.embedding.weight, dim=1).T / 0.01).softmax(1)
+        mean = p.mean(0)
+        total = total - (p * (p + 1e-30).log()).sum(1).mean() + (mean * (mean + 1e-5).log()).sum()
+    (total / 2).backward()
+    torch.testing.assert_close(whole, q.embedding.weight.grad, rtol=1e-4, atol=1e-6)
+
+
 def test_quantisation_ignores_autocast() -> None:
     q, f = quantizer(), features(4, 4)
     with torch.autocast("cpu", torch.bfloat16):
@@ -162,3 +188,24 @@ def test_channels_between_encoder_and_quantiser() -> None:
     assert model.post_quant_conv.weight.shape == (12, 8, 1, 1)
     assert model.encoder.conv_out.out_channels == model.decoder.conv_in.in_channels == 12
     assert [n for n in model.state_dict() if n.startswith("quantize")] == ["quantize.embedding.weight"]
+
+
+def test_every_step_is_reconstructed_at_its_size() -> None:
+    torch.manual_seed(0)
+    model, images, sizes = Tokenizer(SCALABLE), torch.rand(2, 3, 16, 16) * 2 - 1, [(1, 1), (2, 3), (4, 4)]
+    rebuilds, quantized = model(images, sizes=sizes)
+    assert [tuple(r.shape[2:]) for r in rebuilds] == [(4, 4), (8, 12), (16, 16)]
+    assert quantized is not None
+    assert torch.equal(quantized.tokens, model.encode(images, sizes))
+    torch.testing.assert_close(
+        rebuilds[-1].clamp(-1, 1), model.decode(quantized.tokens, sizes), rtol=1e-4, atol=1e-4
+    )
+    # Every one of them teaches the encoder.
+    for rebuild in rebuilds:
+        model.zero_grad()
+        rebuild.square().mean().backward(retain_graph=True)
+        assert model.encoder.conv_in.weight.grad is not None
+        assert (model.encoder.conv_in.weight.grad != 0).any()
+    rebuilds, quantized = model(images, quantise=False, sizes=sizes)
+    assert [tuple(r.shape[2:]) for r in rebuilds] == [(4, 4), (8, 12), (16, 16)]
+    assert quantized is None

@@ -74,6 +74,17 @@ def adversarial() -> TokenizerRunConfig:
 
 
 @pytest.fixture(scope="module")
+def scalable() -> TokenizerRunConfig:
+    train = dataclasses.replace(tiny.SCALABLE.train, adversarial=ADVERSARIAL)
+    return dataclasses.replace(tiny.SCALABLE, train=train)
+
+
+@pytest.fixture(scope="module")
+def unbroken_scalable(tmp_path_factory: pytest.TempPathFactory, scalable: TokenizerRunConfig) -> RunFolder:
+    return train(tmp_path_factory.mktemp("scalable") / "run", scalable)
+
+
+@pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory, adversarial: TokenizerRunConfig) -> RunFolder:
     return train(tmp_path_factory.mktemp("unbroken") / "run", adversarial)
 
@@ -104,6 +115,40 @@ def test_what_a_run_leaves(unbroken: RunFolder) -> None:
     assert again["psnr"] == facts["psnr"]
     with Image.open(unbroken.path / "reconstructions.png") as picture:
         assert picture.width > 6 * 96
+
+
+def test_a_scalable_run_is_measured_at_every_size(unbroken_scalable: RunFolder) -> None:
+    facts = facts_of(unbroken_scalable.path / "tokenizer")
+    assert facts["psnr_scales"][-1] == facts["psnr"]
+    assert len(facts["psnr_scales"]) == len(facts["usage_scales"]) == 3
+    assert all(p > 0 for p in facts["psnr_scales"])
+    # 4 and 8 pixels are no place for a window of 11.
+    assert facts["ssim_scales"] == [None, None, facts["ssim"]]
+    logged = unbroken_scalable.metrics("train")
+    assert logged[0]["entropy"] == 0
+    assert all(record["entropy"] != 0 for record in logged[1:])
+    # Two steps, one smaller size in each: not every size was seen between two logs, the last always.
+    assert any(0 in record["usage_scales"] for record in logged[1:])
+    assert all(record["usage_scales"][-1] > 0 for record in logged[1:])
+    tokenizer = load_tokenizer(unbroken_scalable.path / "tokenizer")
+    originals = training.to_device(
+        training.validation_images(tiny.Waves(), tiny.DATA, 6), torch.device("cpu")
+    )
+    small = tokenizer.decode_features(
+        tokenizer.quantize.cumulative_features(tokenizer.encode(originals))[1]
+    ).clamp(-1, 1)
+    target = torch.nn.functional.avg_pool2d(originals, 2)
+    psnr = -10 * ((small - target) / 2).square().mean((1, 2, 3)).log10()
+    assert float(psnr.mean()) == pytest.approx(facts["psnr_scales"][1], abs=0.05)
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3, 5])
+def test_scalable_interrupted_and_resumed_is_unbroken(
+    tmp_path: Path, scalable: TokenizerRunConfig, unbroken_scalable: RunFolder, stop: int
+) -> None:
+    with pytest.raises(Interrupted):
+        train(tmp_path / "run", scalable, stop=stop)
+    same(train(tmp_path / "run", scalable), unbroken_scalable)
 
 
 def test_terms_that_are_off_are_said_to_be_off(
@@ -187,7 +232,7 @@ def close(a: RunFolder, b: RunFolder) -> None:
     """
     for record, other in zip(a.metrics("train"), b.metrics("train"), strict=True):
         assert record.keys() == other.keys()
-        for term in ("loss", "vq", "adversarial", "discriminator", "adversarial_weight"):
+        for term in ("loss", "vq", "entropy", "adversarial", "discriminator", "adversarial_weight"):
             assert other[term] == pytest.approx(record[term], rel=1e-3)
         assert other["usage_scales"] == record["usage_scales"]
         assert other["codes_revived"] == record["codes_revived"]
@@ -203,11 +248,13 @@ def close(a: RunFolder, b: RunFolder) -> None:
 
 
 @pytest.mark.parametrize("micro_batch", [1, 3])
+@pytest.mark.parametrize("kind", ["adversarial", "scalable"])
 def test_micro_batches_make_the_step_of_the_whole_batch(
-    adversarial: TokenizerRunConfig, micro_batch: int
+    request: pytest.FixtureRequest, kind: str, micro_batch: int
 ) -> None:
+    config: TokenizerRunConfig = request.getfixturevalue(kind)
     accelerator, source = training.make_accelerator(LAUNCH), tiny.Waves()
-    whole, divided = (stage1.Stage1(adversarial, accelerator) for _ in range(2))
+    whole, divided = (stage1.Stage1(config, accelerator) for _ in range(2))
     for step in range(6):
         # Each step from the same state: over many, rounding decides argmins and grows.
         state = {group: {k: v.clone() for k, v in t.items()} for group, t in whole.tensors().items()}
@@ -254,16 +301,17 @@ def run(module: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize("base", [tiny.RUN, tiny.SCALABLE], ids=["residual", "scalable"])
+def test_two_processes_train_what_one_does(tmp_path: Path, base: TokenizerRunConfig) -> None:
     # Few steps: over many, rounding decides argmins and grows.
     few = dataclasses.replace(
-        tiny.TRAIN,
+        base.train,
         steps=4,
         log_every=1,
         revive_every=2,
         adversarial=dataclasses.replace(ADVERSARIAL, start=1),
     )
-    config = dataclasses.replace(PHOTOS, train=few)
+    config = dataclasses.replace(base, data=PHOTOS.data, train=few)
     one, two = (tiny.run_folder(tmp_path / n, config, LAUNCH) for n in ("one", "two"))
     two_ranks = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", *PLAIN]
     for module, folder in ((PLAIN, one), (two_ranks, two)):
@@ -302,6 +350,7 @@ def test_a_killed_process_goes_on_where_it_was(tmp_path: Path, number: int) -> N
             },
             "at least 11",
         ),
+        ({"train": dataclasses.replace(tiny.TRAIN, entropy=0.1)}, "entropy is a term of the scalable"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(change: dict[str, Any], message: str) -> None:

@@ -59,7 +59,7 @@ def test_other_steps_fit_images_of_their_last_size() -> None:
 
 def test_encode_and_forward_choose_the_same_tokens() -> None:
     model, images = tokenizer(), torch.rand(3, 3, 16, 16) * 2 - 1
-    reconstruction, quantized = model(images)
+    (reconstruction,), quantized = model(images)
     assert torch.equal(quantized.tokens, model.encode(images))
     torch.testing.assert_close(
         reconstruction.clamp(-1, 1), model.decode(quantized.tokens), rtol=1e-4, atol=1e-5

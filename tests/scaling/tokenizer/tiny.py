@@ -30,6 +30,11 @@ TRAIN = TokenizerTrainConfig(
     steps=8, batch=4, lr=1e-3, warmup=2, revive_every=3, log_every=2, checkpoint_every=4, eval_images=6
 )
 RUN = TokenizerRunConfig(DATA, TOKENIZER, TRAIN)
+SCALABLE = dataclasses.replace(
+    RUN,
+    tokenizer=dataclasses.replace(TOKENIZER, quantizer="scalable", z_channels=12, norm_groups=8),
+    train=dataclasses.replace(TRAIN, random_sizes=1, entropy=0.1, autoencode_steps=2),
+)
 
 
 class Waves:

@@ -1,0 +1,119 @@
+"""Generation metrics of runs: FID, inception score, precision and recall, where they were measured.
+
+- Lines of kind ``fidelity`` in ``metrics.jsonl``. Unlike a loss they compare families whatever their tokens:
+  they are of pictures.
+- They compare only when measured alike (``Protocol``): the same feature extractor, number of images and
+  reference. The bias of FID alone falls with the number of images, and each extractor has its own scale.
+- How pictures were drawn (guidance, top-k, top-p) belongs to a measurement too; each way is told apart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from analysis.files import plain
+from scaling.records import RecordsError, RunFolder
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+METRICS = ("fid", "is", "is_std", "precision", "recall")
+PLACES = ("step", "tokens", "flops", "params")
+SAMPLING = ("guidance", "top_k", "top_p")
+PROTOCOL = ("extractor", "images", "reference")
+COLUMNS = ("run", "family", "depth", "seed", "state", *PLACES, *METRICS, *PROTOCOL, *SAMPLING)
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Measurements that compare."""
+
+    extractor: str
+    images: int
+    reference: str
+    """What the pictures were held against; empty where it was not recorded."""
+    frame: pd.DataFrame
+    """Rows of ``COLUMNS``, by run and step."""
+
+    @property
+    def label(self) -> str:
+        """In words."""
+        against = f" against {self.reference}" if self.reference else ""
+        return f"{self.extractor} features of {self.images} images{against}"
+
+    @property
+    def settings(self) -> list[tuple[Any, ...]]:
+        """The ways of drawing that occur."""
+        return sorted({tuple(row) for row in self.frame[list(SAMPLING)].itertuples(index=False)})
+
+    @property
+    def last(self) -> pd.DataFrame:
+        """The latest measurement of every run and way of drawing."""
+        return self.frame.groupby(["run", *SAMPLING], sort=False, dropna=False).tail(1)
+
+
+def read_fidelity(sweep_folder: str | Path, runs: Sequence[Mapping[str, Any]]) -> tuple[Protocol, ...]:
+    """What was measured of the pictures of a sweep's runs, by protocol; empty where nothing was.
+
+    Args:
+        runs: facts of the runs (``analysis.records.Records.runs``).
+
+    Raises:
+        RecordsError: a line without one of the columns, or with text where a number should be.
+    """
+    import pandas as pd
+
+    rows = [row for run in runs for row in _lines(Path(sweep_folder) / str(run["run"]), run)]
+    if not rows:
+        return ()
+    frame = pd.DataFrame(rows, columns=list(COLUMNS))
+    keys = sorted({(str(r["extractor"]), int(r["images"]), str(r["reference"])) for r in rows})
+    return tuple(
+        Protocol(*key, frame[(frame[list(PROTOCOL)] == key).all(axis=1)].reset_index(drop=True))
+        for key in keys
+    )
+
+
+def _lines(folder: Path, run: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    file = folder / "metrics.jsonl"
+    facts = {key: run[key] for key in ("run", "family", "depth", "seed", "state")}
+    for record in sorted(RunFolder(folder).metrics("fidelity"), key=lambda r: r.get("step", 0)):
+        values = {"reference": ""} | {key: record[key] for key in COLUMNS if key in record}
+        if missing := [key for key in COLUMNS if key not in values and key not in facts]:
+            raise RecordsError(
+                f"{file}: the fidelity line at step {record.get('step')} lacks {', '.join(missing)}"
+            )
+        for key in (*PLACES, *METRICS, *SAMPLING, "images"):
+            value = math.nan if values[key] is None and key in METRICS else values[key]
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise RecordsError(
+                    f"{file}: the fidelity line at step {record['step']} has {key} = {value!r}; "
+                    "expected a number"
+                )
+            values[key] = value
+        yield facts | values
+
+
+def to_json(protocols: Sequence[Protocol]) -> list[dict[str, Any]]:
+    """Plain values, a row per measurement."""
+    rows: list[dict[str, Any]] = plain(
+        [row for protocol in protocols for row in protocol.frame.to_dict("records")]
+    )
+    return rows
+
+
+def drawn(protocol: Protocol) -> bool:
+    """Whether there is an FID to draw."""
+    return bool((protocol.frame["fid"] > 0).any())
+
+
+def drawing(setting: Sequence[Any]) -> str:
+    """A way of drawing pictures in words."""
+    guidance, top_k, top_p = setting
+    parts = [f"guidance {guidance:g}"]
+    parts += [f"top-k {top_k:g}"] * (top_k > 0) + [f"top-p {top_p:g}"] * (top_p > 0)
+    return ", ".join(parts)
