@@ -107,7 +107,8 @@ def _look(made: Iterable[Submission]) -> dict[Path, Seen]:
         if submission.id is None:
             continue
         for index, folder in enumerate(submission.jobs):
-            seen = known.get(f"{submission.id}_{index}", Seen(f"{submission.id}_{index}"))
+            name = f"{submission.id}_{index}"
+            seen = replace(known.get(name) or known.get(submission.id) or Seen(name), id=name)
             if folder not in found or seen.active or not found[folder].active:
                 found[folder] = seen
     return found

@@ -101,7 +101,8 @@ def submit(arguments: Sequence[str], script: str, keep_open: int | None = None) 
 
 
 def look(ids: Iterable[str]) -> dict[str, Seen]:
-    """Every element of these array jobs that Slurm still knows, by ``Seen.id``.
+    """Every element of these array jobs that Slurm still knows, by ``Seen.id``; elements that were cancelled
+    while they waited may be one entry without an index.
 
     Raises:
         RecordsError: Slurm does not answer.
@@ -151,7 +152,8 @@ def _squeue(which: Sequence[str]) -> dict[str, Seen]:
     for line in done.stdout.splitlines():
         job, index, state, reason, comment = line.split("|", 4)
         reason = "" if reason == "None" else reason
-        found[f"{job}_{index}"] = Seen(f"{job}_{index}", state, reason, comment)
+        name = job if index == "N/A" else f"{job}_{index}"
+        found[name] = Seen(name, state, reason, comment)
     return found
 
 
@@ -165,7 +167,8 @@ def _sacct(ids: Sequence[str]) -> dict[str, Seen]:
     for line in done.stdout.splitlines() if done.returncode == 0 else []:
         job, state, reason = line.split("|", 2)
         state, _, by = state.partition(" ")  # "CANCELLED by 1000"
-        found[job] = Seen(job, state, by or ("" if reason == "None" else reason))
+        name = job.partition("_[")[0]
+        found[name] = Seen(name, state, by or ("" if reason == "None" else reason))
     return found
 
 
