@@ -11,35 +11,44 @@ COMMAND is one of
     cancel     end what was handed to Slurm ('run --executor slurm')
     report     write the report of what is there
     sample     draw pictures from a finished run
-and one more needs no recipe:
+and four more need no recipe:
+    python run_sweep.py evaluate WHERE [--key value ...]  loss and error of a run or a published checkpoint
+    python run_sweep.py convert WHERE [--key value ...]   a published checkpoint to a folder of ours, or back
+    python run_sweep.py edit WHERE IMAGE [--key value ...]  in-painting and other tasks without training
     python run_sweep.py fit TABLE [--key value ...]      fit a scaling law to any table of runs
 
-RECIPE is a file or the name of a shipped recipe: quickstart, cifar10, cifar10-cpu, imagenet256.
+RECIPE is a file or the name of a shipped recipe: quickstart, cifar10, cifar10-cpu, families-cpu, imagenet256.
 plan, tokenize and run take any value of the recipe: --train.lr 3e-4 --depths 2 4 6 --data.path X.
 'python run_sweep.py COMMAND --help' lists a command's own options,
 'python run_sweep.py plan RECIPE --help' the values of the recipe too.
 
 Exit codes: 0 done; 1 a run failed; 2 bad input, told in one line; 130 interrupted.
 
-This file only parses and dispatches. Torch is imported by nothing here but ``sample``.
+This file only parses and dispatches. Torch is imported by nothing here but ``sample``, ``edit``,
+``evaluate`` and ``convert``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import errno
+import json
 import os
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
 from scaling.config import ConfigError, DataConfig, from_dict
 from scaling.process import one_line
 from scaling.records import RecordsError
-from sweeps.options import Option, help_text, options_of, parse
-from sweeps.recipe import Recipe, load_recipe
+from scaling.requests import ConvertRequest, EditRequest, EvaluateRequest, ModelChoice
+from scaling.schema import here
+from sweeps.options import Option, flag_of, help_text, options_of, parse
+from sweeps.recipe import SHIPPED, Recipe, load_recipe
 from sweeps.slurm_options import SlurmOptions
 
 SCRIPT = "python run_sweep.py"
@@ -209,6 +218,54 @@ def sample(recipe: Recipe, options: SampleOptions) -> int:
     return 0
 
 
+def edit(words: tuple[str, str], request: EditRequest) -> int:
+    """edit IMAGE, a file or val:N of the run's data: in- and out-painting, a class, refinement, expansion"""
+    where, image = words
+    _ = request.chosen  # the cheap refusal first
+    folder, tokenizer = _model(where, request)
+
+    from torch.cuda import is_available
+
+    from scaling.edit_command import edit as edit_image
+
+    device = "cuda" if is_available() else "cpu"
+    report = edit_image(folder, image, replace(request, tokenizer=tokenizer), device)
+    print(*report.words, report.sheet, sep="\n")
+    return 0
+
+
+def evaluate(where: str, request: EvaluateRequest) -> int:
+    """loss and error of a run or of a published checkpoint on validation images"""
+    where, tokenizer = _model(where, request)
+    request = replace(request, tokenizer=tokenizer)
+
+    from scaling.imported import import_into, training_of
+    from scaling.validation import validate
+
+    training = None if request.into is None else training_of(where, request)
+    with _progress("encoding") as progress:
+        result = validate(where, request, progress)
+    if request.json:
+        print(json.dumps(result.to_json(), indent=1))
+    else:
+        print(result.table())
+    if request.into is not None and training is not None:
+        run = import_into(request.into, result, training)
+        print(f"imported: {run.path}; its tokens and FLOPs: {training.told}", file=sys.stderr)
+    return 0
+
+
+def convert(where: str, request: ConvertRequest) -> int:
+    """a published file to a folder of this project (safetensors and JSON), or back"""
+    if request.to is None or request.out is None:
+        raise ConfigError("convert needs --to (varscale or published) and --out (where to write)")
+
+    from scaling.convert import convert as convert_files
+
+    print(*convert_files(where, request), sep="\n")
+    return 0
+
+
 def fit(table: str, options: Any) -> int:
     """fit a scaling law to a table of runs (CSV, JSON lines and others), of any project"""
     from analysis.table_fit import fit_table
@@ -231,9 +288,11 @@ class Command:
     """From what the first word names and the options to the exit code; its docstring is its help."""
     options: Callable[[], type]
     """The dataclass of its own options; a function, since not all of them are cheap to import."""
-    takes: Literal["recipe", "sweep", "table"]
+    takes: Literal["recipe", "sweep", "table", "model"]
     """What its first word names: a recipe whose values can be set, the sweep of a recipe as it is on the
-    disk, or a file with a table."""
+    disk, a file with a table, or a model (a run's folder, a sweep with a depth, or a checkpoint)."""
+    further: tuple[str, ...] = ()
+    """Words after the first; then both are given together."""
 
 
 COMMANDS = {
@@ -244,6 +303,9 @@ COMMANDS = {
     "cancel": Command(cancel, lambda: SweepOptions, "sweep"),
     "report": Command(report, lambda: ReportOptions, "sweep"),
     "sample": Command(sample, lambda: SampleOptions, "sweep"),
+    "edit": Command(edit, lambda: EditRequest, "model", ("IMAGE",)),
+    "evaluate": Command(evaluate, lambda: EvaluateRequest, "model"),
+    "convert": Command(convert, lambda: ConvertRequest, "model"),
     "fit": Command(fit, _fit_options, "table"),
 }
 
@@ -287,22 +349,26 @@ def dispatch(arguments: list[str]) -> int:
         print(_help(name, command, first))
         return 0
     if first is None:
-        wanted = (
-            "a table: a file with one row per run or evaluation"
-            if command.takes == "table"
-            else "a recipe: a file, or quickstart, cifar10, cifar10-cpu or imagenet256"
-        )
-        raise ConfigError(f"'{name}' needs {wanted}")
+        wanted = {
+            "table": "a table: a file with one row per run or evaluation",
+            "model": "a model: a run's folder, a recipe or sweep with --depth, or a checkpoint",
+        }
+        recipes = "a recipe: a file, or quickstart, cifar10, cifar10-cpu, families-cpu or imagenet256"
+        raise ConfigError(f"'{name}' needs {wanted.get(command.takes, recipes)}")
+    words = rest[: 1 + len(command.further)]
+    for word, given in zip_longest(command.further, words[1:]):
+        if given is None or given.startswith("--"):
+            raise ConfigError(f"'{name}' needs {word} after {words[0]}")
     own = options_of(command.options())
     shared = options_of(Recipe) if command.takes == "recipe" else []
     if command.takes == "sweep":
         _refuse_recipe_values(name, rest[1:], own)
-    values = parse(rest[1:], [*own, *shared])
+    values = parse(rest[len(words) :], [*own, *shared])
     mine = {o.path for o in own}
-    chosen = {path[0]: value for path, value in values.items() if path in mine}
-    options: Any = from_dict(command.options(), chosen, lambda path: "--" + ".".join(path).replace("_", "-"))
-    if command.takes == "table":
-        return command.do(first, options)
+    chosen = _nested({path: value for path, value in values.items() if path in mine})
+    options: Any = from_dict(command.options(), chosen, lambda path: flag_of(path) if path else here(path))
+    if command.takes in ("table", "model"):
+        return command.do(tuple(words) if command.further else first, options)
     recipe = load_recipe(first, {path: value for path, value in values.items() if path not in mine})
     return command.do(recipe, options)
 
@@ -310,8 +376,8 @@ def dispatch(arguments: list[str]) -> int:
 def _help(name: str, command: Command, first: str | None) -> str:
     """A command's own options first; the recipe's values where it takes them and a recipe is named."""
     own = options_of(command.options())
-    word = command.takes.upper() if command.takes == "table" else "RECIPE"
-    text = f"{SCRIPT} {name} {first or word} [--key value ...]\n\n"
+    word = {"table": "TABLE", "model": "WHERE"}.get(command.takes, "RECIPE")
+    text = f"{SCRIPT} {name} {' '.join([first or word, *command.further])} [--key value ...]\n\n"
     text += f"{name} - {command.do.__doc__}\n{help_text(own, command.options()())}"
     if command.takes == "sweep":
         text += (
@@ -330,6 +396,30 @@ def _help(name: str, command: Command, first: str | None) -> str:
     return text
 
 
+def _nested(values: dict[tuple[str, ...], Any]) -> dict[str, Any]:
+    """Values by path as the mapping that ``from_dict`` reads."""
+    result: dict[str, Any] = {}
+    for path, value in values.items():
+        inner = result
+        for key in path[:-1]:
+            inner = inner.setdefault(key, {})
+        inner[path[-1]] = value
+    return result
+
+
+@contextlib.contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on standard error while something is counted, if that is a terminal."""
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
 def _refuse_recipe_values(name: str, arguments: Sequence[str], own: Sequence[Option]) -> None:
     known = {option.flag for option in own}
     recipe = {option.flag for option in options_of(Recipe)}
@@ -340,6 +430,27 @@ def _refuse_recipe_values(name: str, arguments: Sequence[str], own: Sequence[Opt
                 f"{flag} is a value of the recipe, which '{name}' does not use: it reads the sweep as it is "
                 f"on the disk; its own options: {' '.join(sorted(known))}"
             )
+
+
+def _model(where: str, choice: ModelChoice) -> tuple[str, str | None]:
+    """What ``open_model`` takes, model and tokenizer: WHERE itself, or a run of the sweep that it names.
+
+    Raises:
+        ConfigError, RecordsError: a sweep without ``--depth``, or without such a finished run.
+    """
+    sweep = Path(where)
+    if not (sweep / "sweep.json").exists():
+        if sweep.suffix not in (".yaml", ".yml") and not (SHIPPED / f"{where}.yaml").exists():
+            return where, choice.tokenizer
+        recipe = load_recipe(where)
+        sweep = Path(choice.root) / (recipe.name if choice.name is None else choice.name)
+    if choice.depth is None:
+        raise ConfigError(f"{where} is a sweep: --depth says which of its runs")
+
+    from sweeps.commands import finished_run
+
+    folder, tokenizer = finished_run(sweep, choice.depth, choice.family)
+    return str(folder.path), choice.tokenizer or str(tokenizer)
 
 
 def _sweep(recipe: Recipe, options: SweepOptions) -> Path:

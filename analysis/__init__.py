@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from analysis.conventions import conventions_table, with_conventions
     from analysis.design import NextRun, next_run
     from analysis.errors import DataError
+    from analysis.families import Families, compare_families
     from analysis.forecast import Backtest, Forecast, backtest
     from analysis.frontier import Frontier, pareto_frontier
     from analysis.isoflop import IsoFlop, fit_isoflop
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from analysis.powerlaw import PowerLaw, fit_power_law
     from analysis.records import load_runs
     from analysis.report import make_report
+    from analysis.study import make_studies
     from analysis.surface_forecast import hold_out
     from analysis.table_fit import FitOptions, fit_table
     from analysis.tables import load_table
@@ -34,6 +36,7 @@ _HOMES = {
     "BrokenLaw": "broken",
     "Comparison": "comparison",
     "DataError": "errors",
+    "Families": "families",
     "FitOptions": "table_fit",
     "Forecast": "forecast",
     "FormChoice": "broken",
@@ -48,6 +51,7 @@ _HOMES = {
     "backtest": "forecast",
     "choose_form": "broken",
     "compare": "comparison",
+    "compare_families": "families",
     "conventions_table": "conventions",
     "fit_broken_power_law": "broken",
     "fit_isoflop": "isoflop",
@@ -58,6 +62,7 @@ _HOMES = {
     "load_runs": "records",
     "load_table": "tables",
     "make_report": "report",
+    "make_studies": "study",
     "next_run": "design",
     "pareto_frontier": "frontier",
     "ready": "tidy",
@@ -70,6 +75,7 @@ __all__ = [
     "BrokenLaw",
     "Comparison",
     "DataError",
+    "Families",
     "FitOptions",
     "Forecast",
     "FormChoice",
@@ -84,6 +90,7 @@ __all__ = [
     "backtest",
     "choose_form",
     "compare",
+    "compare_families",
     "conventions_table",
     "fit_broken_power_law",
     "fit_isoflop",
@@ -94,6 +101,7 @@ __all__ = [
     "load_runs",
     "load_table",
     "make_report",
+    "make_studies",
     "next_run",
     "pareto_frontier",
     "ready",

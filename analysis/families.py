@@ -27,6 +27,9 @@ from analysis.study import LEVEL, Study
 
 QUANTITY = "loss_last"
 """What is compared: the loss of the one map that all families of a group have."""
+FEWEST = 4
+"""Runs on a family's frontier before the headline says that it is lower: three cannot show that the frontier
+is no line."""
 NEXT_TOKEN = ("raster",)
 """Families that predict a map token by token; all others predict a whole map from the coarser ones."""
 CONDITIONS = (
@@ -246,12 +249,7 @@ def headline(found: Families) -> str:
             for pair in found.pairs
             if pair.x == found.flops and not pair.offset and pair.ratio and pair.first in group.families
         ]
-        said = [
-            f"{pair.lower} is below {pair.second if pair.lower == pair.first else pair.first}"
-            if pair.lower != "undecided"
-            else f"{pair.first} and {pair.second} are not told apart"
-            for pair in at_equal
-        ]
+        said = [_who_is_lower(pair) for pair in at_equal]
         if said:
             return (
                 f"{names} compared: at equal compute, in the loss of the last map, whose tokens are the "
@@ -260,3 +258,12 @@ def headline(found: Families) -> str:
     if found.shared:
         return f"{names} compared: {listed(found.shared[0].families)} have the same tokens, but no laws yet."
     return f"{names}: no two of them were trained on the same tokens, so their losses do not compare."
+
+
+def _who_is_lower(pair: Pair) -> str:
+    assert pair.found is not None
+    if min(pair.found.first.groups, pair.found.second.groups) < FEWEST:
+        return f"{pair.first} and {pair.second} have too few runs to tell"
+    if pair.lower == "undecided":
+        return f"{pair.first} and {pair.second} are not told apart"
+    return f"{pair.lower} is below {pair.second if pair.lower == pair.first else pair.first}"

@@ -37,6 +37,7 @@ def headline(study: Study) -> str:
     over = f"over {len(depths)} depths (d{depths[0]} to d{depths[-1]}, N ×{span:.3g})"
     if kinds[0] == kinds[1]:
         return f"Validation loss {kinds[0]} {over}: {_exponent(study, rows[0])}; {_exponent(study, rows[1])}."
+    kinds = [kind.rstrip(",") for kind in kinds]
     return (
         f"Last-scale loss {kinds[0]}, average loss {kinds[1]}, {over}: "
         f"{_exponent(study, rows[0])}; {_exponent(study, rows[1])}."

@@ -148,6 +148,11 @@ def _load_run(folder: RunFolder) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         rows.append(facts | {"final": False} | values)
     rows.sort(key=lambda row: row["step"])
     notes = []
+    if imported := status.get("imported"):
+        notes.append(
+            f"{folder.name} is a published checkpoint that was evaluated here, not a run of this sweep's "
+            f"recipe; its tokens and FLOPs: {imported['training']}"
+        )
     if facts["state"] != "done":
         step, total = status.get("step"), status.get("total_steps")
         at = f" at step {step}" + (f" of {total}" if total is not None else "") if step is not None else ""

@@ -34,12 +34,14 @@ __all__ = [
     "EvaluationConfig",
     "LaunchConfig",
     "ModelConfig",
+    "Precision",
     "RunConfig",
     "SamplingConfig",
     "TokenizerConfig",
     "TokenizerRunConfig",
     "TokenizerTrainConfig",
     "TrainConfig",
+    "check_tokens",
     "content_hash",
     "from_dict",
     "identity",
@@ -51,6 +53,7 @@ SCHEDULES = ("lin0", "lin", "lin00", "cos", "exp", "constant")
 Family = Literal["var", "flexvar", "flexvar-mamba", "raster"]
 AdaLN = Literal["own", "shared", "none"]
 StepSchedule = Literal["fixed", "paper", "published"]
+Device = Literal["auto", "cpu", "cuda"]
 FLEXIBLE = ("flexvar", "flexvar-mamba")
 """Families that train on, and sample with, steps of any number and size."""
 PUBLISHED_SIDE = 16
@@ -177,7 +180,7 @@ class ModelConfig:
             require(len(self.scales) == 1, f"raster has one map, got model.scales {list(self.scales)}")
             require(
                 self.adaln == "none" and not self.qk_norm,
-                "raster is a GPT-2: model.adaln must be none and model.qk_norm false",
+                "model.adaln must be none and model.qk_norm false for raster, which is a GPT-2",
             )
 
     @classmethod
@@ -301,6 +304,39 @@ class EvaluationConfig:
         require(0 < self.first <= 1, f"evaluation.first must be in (0, 1], got {self.first}")
 
 
+def check_tokens(model: ModelConfig, tokenizer: TokenizerConfig) -> None:
+    """``ConfigError`` unless the tokenizer gives the tokens that the model needs."""
+    for name in ("vocab", "latent_channels"):
+        require(
+            getattr(model, name) == getattr(tokenizer, name),
+            f"model.{name} {getattr(model, name)} differs from tokenizer.{name} {getattr(tokenizer, name)}",
+        )
+    wanted = "residual" if model.family == "var" else "scalable"
+    require(
+        tokenizer.quantizer == wanted,
+        f"tokenizer.quantizer must be '{wanted}' for family '{model.family}', got '{tokenizer.quantizer}'",
+    )
+    if model.family == "var":
+        require(
+            model.scales == tokenizer.scales,
+            f"model.scales {list(model.scales)} differ from tokenizer.scales {list(tokenizer.scales)}",
+        )
+        return
+    needed = set(model.scales)
+    if model.step_schedule == "published":
+        needed |= set(range(1, PUBLISHED_SIDE + 1))
+    missing = sorted(needed - set(tokenizer.scales))
+    require(
+        not missing,
+        f"tokenizer.scales {list(tokenizer.scales)} lack {missing}, which model.scales or "
+        f"model.step_schedule '{model.step_schedule}' need",
+    )
+    require(
+        model.scales[-1] == tokenizer.scales[-1],
+        f"model.scales must end with tokenizer.scales' last, {tokenizer.scales[-1]}, got {model.scales[-1]}",
+    )
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """One run, entirely; nothing else changes its result (beyond rounding)."""
@@ -325,43 +361,11 @@ class RunConfig:
             f"tokenizer.scales must end at the latent size {side} (= {pixels} px / {tok.downsampling}), "
             f"got {list(tok.scales)}",
         )
-        for name in ("vocab", "latent_channels"):
-            require(
-                getattr(self.model, name) == getattr(tok, name), f"model.{name} differs from tokenizer.{name}"
-            )
-        self._check_scales()
+        check_tokens(self.model, tok)
         for name in ("train_images", "val_images", "num_classes"):
             require(getattr(self.data, name) is not None, f"data.{name} is not known yet")
         require(
             self.model.num_classes == self.data.num_classes, "model.num_classes differs from data.num_classes"
-        )
-
-    def _check_scales(self) -> None:
-        """Whether the tokenizer gives the tokens that the family needs."""
-        model, tok = self.model, self.tokenizer
-        wanted = "residual" if model.family == "var" else "scalable"
-        require(
-            tok.quantizer == wanted,
-            f"tokenizer.quantizer must be '{wanted}' for family '{model.family}', got '{tok.quantizer}'",
-        )
-        if model.family == "var":
-            require(
-                model.scales == tok.scales,
-                f"model.scales {list(model.scales)} differ from tokenizer.scales {list(tok.scales)}",
-            )
-            return
-        needed = set(model.scales)
-        if model.step_schedule == "published":
-            needed |= set(range(1, PUBLISHED_SIDE + 1))
-        missing = sorted(needed - set(tok.scales))
-        require(
-            not missing,
-            f"tokenizer.scales {list(tok.scales)} lack {missing}, which model.scales or "
-            f"model.step_schedule '{model.step_schedule}' need",
-        )
-        require(
-            model.scales[-1] == tok.scales[-1],
-            f"model.scales must end with tokenizer.scales' last, {tok.scales[-1]}, got {model.scales[-1]}",
         )
 
     @property
@@ -441,7 +445,7 @@ class LaunchConfig:
     """CPU threads per process; None divides the cores among the runs at once."""
     runs_at_once: int | None = None
     """Runs trained side by side; None for as many as cores or GPUs, and memory, allow."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     compile: bool = False
     attention: Literal["masked", "blockwise"] = "masked"
     checkpoint_seconds: float = 120.0

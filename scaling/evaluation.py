@@ -1,4 +1,4 @@
-"""Loss and token error on cached validation tokens: per scale, last scale, average, with standard errors.
+"""Loss and token error on validation tokens: per scale, last scale, average, with standard errors.
 
 - No label drop and no drop path: the published validation loss is 10 % unconditional and random,
   this one is deterministic.
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from scaling.config import ModelConfig
 from scaling.data.cache import CachedSplit
+from scaling.data.live import EncodedSplit
 from scaling.families.registry import FAMILIES
 from scaling.steps import token_columns
 from scaling.tokenizer.quantizer import Quantizer
@@ -67,7 +68,7 @@ def evaluate(
     model: nn.Module,
     config: ModelConfig,
     quantizer: Quantizer,
-    split: CachedSplit,
+    split: CachedSplit | EncodedSplit,
     accelerator: Accelerator,
     *,
     cached: tuple[int, ...],

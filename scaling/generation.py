@@ -20,16 +20,15 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from scaling.config import FLEXIBLE, ConfigError, ModelConfig, RunConfig, SamplingConfig, from_dict, require
+from scaling.config import FLEXIBLE, ConfigError, ModelConfig, SamplingConfig, require
 from scaling.families.interface import FamilyModel
-from scaling.families.registry import FAMILIES, build, family_model
+from scaling.families.registry import FAMILIES
 from scaling.pictures import image_grid
-from scaling.records import RecordsError, RunFolder
+from scaling.pretrained import open_model
 from scaling.tokenizer.quantizer import Quantizer, Size
-from scaling.tokenizer.vqvae import Tokenizer, load_tokenizer
+from scaling.tokenizer.vqvae import Tokenizer
 
 SMOOTHEST, SHARPEST = 0.27, 0.005
 """Temperatures of smoothed sampling at the first step and its floor, as published."""
@@ -192,21 +191,6 @@ def sample_grid(
     image_grid(sample_images(model, tokenizer, classes, sampling)).save(target)
 
 
-def load_model(run: RunFolder, device: str | torch.device = "cpu") -> tuple[FamilyModel, RunConfig]:
-    """The trained model of a finished run, in evaluation mode.
-
-    Raises:
-        RecordsError: the run has no final weights yet.
-    """
-    config = from_dict(RunConfig, run.config())
-    weights = run.path / "final" / "weights.safetensors"
-    if not weights.exists():
-        raise RecordsError(f"{run.path} has no final weights yet (state: {run.status()['state']})")
-    model = build(config.model)
-    model.load_state_dict(load_file(weights))
-    return family_model(model.eval().requires_grad_(False).to(device)), config
-
-
 def sample_run(
     run_folder: Path,
     tokenizer_folder: Path,
@@ -229,16 +213,15 @@ def sample_run(
         RecordsError: the run is not finished.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, config = load_model(RunFolder(run_folder), device)
-    known = config.model.num_classes
+    opened = open_model(run_folder, tokenizer_folder, device)
+    known = opened.model.config.num_classes
     chosen = list(classes) if classes else list(range(known))
     for label in chosen:
         if not 0 <= label < known:
             raise ConfigError(f"class {label} is not one of the run's {known} classes (0 to {known - 1})")
-    tokenizer = load_tokenizer(tokenizer_folder / "tokenizer").to(device)
     sampling = SamplingConfig(images=count, guidance=cfg, top_k=top_k, top_p=top_p, seed=seed)
     labels = [chosen[i % len(chosen)] for i in range(count)]
-    images = sample_images(model, tokenizer, labels, sampling)
+    images = sample_images(opened.model, opened.tokenizer, labels, sampling)
     out.mkdir(parents=True, exist_ok=True)
     for i, (label, image) in enumerate(zip(labels, images, strict=True)):
         image_grid(image[None]).save(out / f"{i:05d}-class{label}-seed{seed + i}.png")

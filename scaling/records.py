@@ -21,8 +21,10 @@ Kinds of lines in ``metrics.jsonl`` of a transformer run (DESIGN's words and uni
     {"kind": "eval", "step", "params", "params_total", "tokens", "unique_tokens", "epochs", "flops",
      "flops_6nd", "loss_avg", "loss_avg_se", "loss_last", "loss_last_se", "error_avg", "error_avg_se",
      "error_last", "error_last_se", "loss_scales": [...], "error_scales": [...], "eval_images"}
-    {"kind": "fidelity", "step", "params", "tokens", "flops", "fid", "is", "is_std", "precision", "recall",
-     "extractor", "images", "reference", "guidance", "top_k", "top_p"}
+    {"kind": "fidelity", "setting", "step", "params", "params_total", "tokens", "unique_tokens", "epochs",
+     "flops", "flops_6nd", "fid", "is", "is_std", "precision", "recall", "images", "manifold_images",
+     "extractor", "reference", "reference_images", "guidance", "guidance_form", "top_k", "top_p",
+     "seed"}
 """
 
 from __future__ import annotations
@@ -39,8 +41,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-SAME_LINE = ("kind", "step", "extractor", "images", "reference", "guidance", "top_k", "top_p")
-"""Lines that agree in all of these (most have the first two alone) are one, written twice."""
+IMPORTED = "imported-"
+"""Begins the names of folders that hold an evaluation of a published checkpoint (``scaling.imported``): no
+run of the sweep's recipe, so ``sweep.json`` does not list them."""
 STATES = ("waiting", "running", "interrupted", "done", "failed")
 
 
@@ -206,12 +209,13 @@ class RunFolder:
         """All complete lines in order, of one kind if given.
 
         A run that was killed and resumed writes some steps twice, with equal values; the last
-        of equal lines counts (``SAME_LINE``). A torn last line is ignored; a broken line elsewhere is an error.
+        line of each (kind, step, setting) counts: one step may be measured in several settings. A torn last
+        line is ignored; a broken line elsewhere is an error.
         """
         file = self.path / "metrics.jsonl"
         if not file.exists():
             return []
-        found: dict[tuple[Any, ...], dict[str, Any]] = {}
+        found: dict[tuple[Any, Any, Any], dict[str, Any]] = {}
         lines = file.read_bytes().split(b"\n")
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -222,7 +226,7 @@ class RunFolder:
                 if number == len(lines):
                     continue
                 raise RecordsError(f"{file}, line {number}: not valid JSON") from None
-            key = tuple(record.get(name) for name in SAME_LINE)
+            key = (record.get("kind"), record.get("step"), record.get("setting"))
             found.pop(key, None)
             found[key] = record
         return [r for r in found.values() if kind is None or r.get("kind") == kind]
@@ -365,7 +369,8 @@ def read_sweep(sweep: str | Path) -> SweepRecord:
 
 
 def list_runs(sweep: str | Path) -> list[RunFolder]:
-    """The transformer runs of a sweep folder, in the order of its ``sweep.json`` (else by name).
+    """The transformer runs of a sweep folder, in the order of its ``sweep.json`` (else by name), and imported
+    checkpoints after them.
 
     Raises:
         RecordsError: no such folder, no runs in it, or a damaged ``sweep.json``.
@@ -378,6 +383,8 @@ def list_runs(sweep: str | Path) -> list[RunFolder]:
         runs = [RunFolder(root / name) for name in names if (root / name / "config.json").exists()]
     else:
         runs = [RunFolder(p.parent) for p in sorted(root.glob("*/config.json"))]
+        runs = [run for run in runs if not run.name.startswith(IMPORTED)]
+    runs += [RunFolder(p.parent) for p in sorted(root.glob(f"{IMPORTED}*/config.json"))]
     if not runs:
         raise RecordsError(f"{root}: no runs in it yet")
     return runs

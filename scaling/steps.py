@@ -1,6 +1,7 @@
-"""Which token maps a training step of a flexible family uses: pure functions of (seed, step); no torch.
+"""Which token maps a flexible family uses, in a training step and for other shapes of picture; no torch.
 
-FlexVAR trains on random step schedules, so that it can sample with any (FlexVAR 2502.20313, section 3.2).
+Those of training are pure functions of (seed, step). FlexVAR trains on random step schedules, so that it can
+sample with any (FlexVAR 2502.20313, section 3.2).
 - ``paper``: the first and the last step always, every other one dropped with probability 5 %, at most four
   in all: 6 to 10 of the usual ten.
 - ``published``: what the published code does instead. With probability 5 % the usual ten; else sides 1, 2,
@@ -13,13 +14,15 @@ The published code draws on every process for itself; here all processes draw th
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
 
-from scaling.config import PAPER_SCALES, PUBLISHED_SIDE, ModelConfig
+from scaling.config import PAPER_SCALES, PUBLISHED_SIDE, ModelConfig, require
 
 _STREAM = 0x73746570
 _BLOCK = 1024
@@ -76,6 +79,45 @@ def schedule_counts(model: ModelConfig, seed: int, steps: int) -> Counter[tuple[
     if model.step_schedule == "fixed":
         return Counter({model.scales: steps})
     return Counter(step_scales(model, seed, step) for step in range(steps))
+
+
+def proportional_sizes(
+    target: tuple[int, int], scales: Sequence[int], through: Sequence[int] = ()
+) -> tuple[tuple[int, int], ...]:
+    """Steps (h, w) that end at ``target`` and have its aspect ratio, made from square ones.
+
+    Every step's shorter side is a square step's side; beyond the last of these, sides grow by no more than
+    their last ratio. The first step is the square one, which every model starts from. A target of the last
+    square size gives the square steps themselves.
+
+    Args:
+        target: tokens (h, w) of the last step.
+        scales: side lengths of the square steps.
+        through: further shorter sides that must be among the steps.
+
+    Raises:
+        ConfigError: a target smaller than the first square step.
+    """
+    first, short = scales[0], min(target)
+    require(
+        short >= first,
+        f"a picture of {target[0]} x {target[1]} tokens is smaller than the first step, {first}",
+    )
+    sides = {side for side in (*scales, *through) if side < short} | {short}
+    if short > scales[-1]:
+        ratio = scales[-1] / scales[-2] if len(scales) > 1 else 2.0
+        count = math.ceil(math.log(short / scales[-1]) / math.log(ratio))
+        growth = (short / scales[-1]) ** (1 / count)
+        sides |= {_half_up(scales[-1] * growth**i) for i in range(1, count)}
+    h, w = target
+    larger = [side for side in sorted(sides) if side > first]
+    steps = ((first, first), *((_half_up(side * h / short), _half_up(side * w / short)) for side in larger))
+    return steps if steps[-1] == target else (*steps, target)
+
+
+def _half_up(value: float) -> int:
+    # Rounding to even would treat odd and even sides differently.
+    return int(value + 0.5)
 
 
 def token_columns(cached: tuple[int, ...], scales: tuple[int, ...]) -> np.ndarray:

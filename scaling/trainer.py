@@ -2,7 +2,7 @@
 
     python -m scaling.trainer RUN_FOLDER --tokens CACHE_FOLDER --tokenizer TOKENIZER_FOLDER
 
-- The loop is read top to bottom in ``train``; it is the only place with state.
+- The loop is read top to bottom in ``_train``; it is the only place with state.
 - Step s is a pure function of (config, s): images, label drops, drop paths, learning rate. So a run
   that was killed and resumed equals one that was not, and nothing random needs saving.
 - The global batch is fixed. Process r of W takes its share of the rows and splits it into
@@ -37,7 +37,7 @@ from scaling.checkpoint import (
     sync_file,
 )
 from scaling.clock import Clock, device_name, peak_memory
-from scaling.config import PUBLISHED_SIDE, ConfigError, LaunchConfig, RunConfig, from_dict
+from scaling.config import PUBLISHED_SIDE, ConfigError, Device, LaunchConfig, Precision, RunConfig, from_dict
 from scaling.data.cache import CachedSplit, TokenCache, open_cache
 from scaling.data.sampler import batch_indices, batch_views
 from scaling.draws import step_draws
@@ -64,6 +64,22 @@ def train(
     """Train the run in ``folder`` from its newest checkpoint to the end; every process calls it."""
     with recorded_failure(folder):
         accelerator = make_accelerator(config, launch, folder)
+    _train(accelerator, folder, config, launch, cache, tokenizer)
+    # DDP's reducer must not be the last to let go of gloo's group: it would wait, holding Python's lock, for
+    # the group's thread, which may be waiting for that lock. A rank then never ends.
+    accelerator.free_memory()
+    accelerator.end_training()
+
+
+def _train(
+    accelerator: Accelerator,
+    folder: RunFolder,
+    config: RunConfig,
+    launch: LaunchConfig,
+    cache: TokenCache,
+    tokenizer: Tokenizer,
+) -> None:
+    """``train``, on these processes; the loop."""
     with JobProcess(folder, accelerator.is_main_process, accelerator.wait_for_everyone) as job:
         if accelerator.is_main_process:
             folder.write_costs(flops.costs(config))
@@ -111,7 +127,6 @@ def train(
         job.beat(step=total, total_steps=total, **machine_facts(config, launch, accelerator, clock))
         mirror.close()
         accelerator.wait_for_everyone()
-    accelerator.end_training()
 
 
 class State:
@@ -355,27 +370,35 @@ def make_accelerator(config: RunConfig, launch: LaunchConfig, folder: RunFolder)
     """Accelerate for this run's precision and device.
 
     Raises:
-        ConfigError: a GPU was asked for and there is none, or fp16 without a GPU.
+        ConfigError: as ``accelerator_on``.
     """
-    precision = config.train.precision
-    cpu = launch.device == "cpu" or not torch.cuda.is_available()
-    if launch.device == "cuda" and cpu:
-        raise ConfigError("launch.device is cuda, but torch sees no GPU here")
-    if precision == "fp16" and cpu:
-        raise ConfigError("train.precision fp16 needs a GPU; use fp32 or bf16 on a CPU")
-    if precision == "bf16" and cpu and not _fast_bf16():
-        print(
-            "warning: this CPU emulates bf16, many times slower than fp32; consider --train.precision fp32",
-            file=sys.stderr,
-        )
-    return Accelerator(
-        cpu=cpu,
-        mixed_precision="no" if precision == "fp32" else precision,
+    return accelerator_on(
+        launch.device,
+        config.train.precision,
         log_with=None if launch.wandb == "off" else "wandb",
         project_dir=folder.path,
         # The model's buffers are constants: nothing to exchange before every step.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
+
+
+def accelerator_on(device: Device, precision: Precision, **options: Any) -> Accelerator:
+    """Accelerate on a kind of device, in a precision.
+
+    Raises:
+        ConfigError: a GPU was asked for and there is none, or fp16 without a GPU.
+    """
+    cpu = device == "cpu" or not torch.cuda.is_available()
+    if device == "cuda" and cpu:
+        raise ConfigError("device is cuda, but torch sees no GPU here")
+    if precision == "fp16" and cpu:
+        raise ConfigError("precision fp16 needs a GPU; use fp32 or bf16 on a CPU")
+    if precision == "bf16" and cpu and not _fast_bf16():
+        print(
+            "warning: this CPU emulates bf16, many times slower than fp32; consider precision fp32",
+            file=sys.stderr,
+        )
+    return Accelerator(cpu=cpu, mixed_precision="no" if precision == "fp32" else precision, **options)
 
 
 def _fast_bf16() -> bool:

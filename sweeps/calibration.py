@@ -60,6 +60,8 @@ class Settings:
     runs_at_once: int = 1
     lpips: bool = False
     adversarial: bool = False
+    random_sizes: int = 0
+    """Of a scalable tokenizer's training."""
 
 
 @dataclass(frozen=True)
@@ -309,6 +311,7 @@ def image_settings(job: str, config: TokenizerRunConfig, launch: LaunchConfig) -
         _micro_batch(train.batch, launch.processes, launch),
         lpips=train.lpips_weights is not None and train.perceptual > 0,
         adversarial=train.adversarial.weight > 0,
+        random_sizes=train.random_sizes if config.tokenizer.quantizer == "scalable" else 0,
     )
 
 

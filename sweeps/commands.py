@@ -302,7 +302,7 @@ def finished_run(sweep: Path, depth: int, family: str | None = None) -> tuple[Ru
     listed = started_sweep(sweep)
     families = list(dict.fromkeys(run.family for run in listed))
     if family is None and len(families) > 1:
-        raise ConfigError(f"sample needs --family too: {sweep} has {', '.join(families)}")
+        raise ConfigError(f"--family is needed too: {sweep} has {', '.join(families)}")
     if family is not None and family not in families:
         raise ConfigError(f"--family: {sweep} has no {family}; it has {', '.join(families)}")
     depths = set()

@@ -38,7 +38,7 @@ class Option:
     @property
     def flag(self) -> str:
         """As it is written: ``--tokenizer-train.steps``."""
-        return "--" + ".".join(self.path).replace("_", "-")
+        return flag_of(self.path)
 
     @property
     def many(self) -> bool:
@@ -56,6 +56,11 @@ class Option:
             return f"{word(get_args(hint)[0])} ..." if get_origin(hint) is tuple else names[hint]
 
         return "|".join(word(hint) for hint in _alternatives(self.hint))
+
+
+def flag_of(path: Keys) -> str:
+    """The option of a value; a field named after a word of Python's ends with an underscore, ``class_``."""
+    return "--" + ".".join(key.removesuffix("_") for key in path).replace("_", "-")
 
 
 def options_of(cls: type, path: Keys = ()) -> list[Option]:

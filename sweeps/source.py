@@ -34,11 +34,13 @@ class Source:
 
     def locate(self, path: Keys) -> str:
         """Where a person finds the value at ``path``: its option, or the nearest line that holds it."""
-        for end in range(len(path), -1, -1):
-            if path[:end] in self.overridden:
-                return "--" + ".".join(path[:end]).replace("_", "-")
-            if path[:end] in self.lines:
-                return f"{self.file}, line {self.lines[path[:end]]} ({'.'.join(path)})"
+        parts = [path[:end] for end in range(len(path), -1, -1)]
+        for part in parts:  # an option replaces all that stands below it in the file
+            if part in self.overridden:
+                return "--" + ".".join(part).replace("_", "-")
+        for part in parts:
+            if part in self.lines:
+                return f"{self.file}, line {self.lines[part]} ({'.'.join(path)})"
         return f"{self.file}" + (f" ({'.'.join(path)})" if path else "")
 
     def blame(self, error: ConfigError, parts: Sequence[Keys] = ()) -> ConfigError:

@@ -102,10 +102,10 @@ def plan_table(plan: Plan, width: int = WIDE) -> Table:
     for heading in headings:
         table.add_column(heading, justify="left" if heading in ("run", "state") else "right", no_wrap=True)
     families = [""] * len(plan.stage_jobs) + [run.family for run in plan.runs]
-    several = len(plan.recipe.families) > 1
     for i, row in enumerate(rows):
-        last = several and families[i] != families[min(i + 1, len(rows) - 1)]
-        table.add_row(*(row.get(heading, "") for heading in headings), end_section=last)
+        if len(plan.recipe.families) > 1 and i > 0 and families[i] != families[i - 1]:
+            table.add_row()
+        table.add_row(*(row.get(heading, "") for heading in headings))
     table.add_section()
     table.add_row(*(totals.get(heading, "") for heading in headings), style="bold")
     if places > 1:

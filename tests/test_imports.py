@@ -12,7 +12,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 HOUSES = ("scaling", "sweeps", "analysis")
 FILES = sorted(f for house in HOUSES for f in (ROOT / house).rglob("*.py"))
-TORCH_FREE = ("scaling.config", "scaling.schema", "scaling.flops", "scaling.records", "scaling.process")
+TORCH_FREE = (
+    *("scaling.config", "scaling.schema", "scaling.flops", "scaling.records", "scaling.process"),
+    *("scaling.requests", "scaling.steps"),
+)
 OPEN_TO_SWEEPS = {"scaling", "scaling.config", "scaling.flops", "scaling.records"}
 OPEN_TO_ANALYSIS = {"scaling", "scaling.records"}
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from scaling.data.shards import UInt16
     from scaling.data.transforms import UInt8
+    from scaling.tokenizer.quantizer import Size
     from scaling.tokenizer.vqvae import Tokenizer
 
 PIXELS_PER_BATCH = {"cpu": 2**19, "cuda": 2**22}
@@ -105,8 +106,12 @@ def batch_size(resolution: int, device: str) -> int:
     return max(1, min(MAX_BATCH, PIXELS_PER_BATCH.get(device, PIXELS_PER_BATCH["cuda"]) // resolution**2))
 
 
-def encoder(tokenizer: Tokenizer, device: torch.device) -> Encode:
-    """The tokenizer as a function from uint8 images (B, res, res, 3) to uint16 token ids (B, L)."""
+def encoder(tokenizer: Tokenizer, device: torch.device, sizes: Sequence[Size] | None = None) -> Encode:
+    """The tokenizer as a function from uint8 images (B, res, res, 3) to uint16 token ids (B, L).
+
+    Args:
+        sizes: the steps (h, w) that the tokens are of; None for all of the tokenizer's.
+    """
     import numpy as np
     import torch
 
@@ -116,7 +121,7 @@ def encoder(tokenizer: Tokenizer, device: torch.device) -> Encode:
     def encode(images: UInt8) -> UInt16:
         images_BHW3 = torch.from_numpy(images).to(device)
         images_B3HW = images_BHW3.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0).contiguous()
-        return tokenizer.encode(images_B3HW).cpu().numpy().astype(np.uint16)
+        return tokenizer.encode(images_B3HW, sizes).cpu().numpy().astype(np.uint16)
 
     return encode
 

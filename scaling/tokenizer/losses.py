@@ -2,6 +2,9 @@
 
     L = l1·|x − x̂| + l2·(x − x̂)² + codebook·L_vq + perceptual·LPIPS(x, x̂) + adversarial·λ·L_G
 
+A scalable tokenizer adds entropy·L_entropy, and its pixel terms are over the pixels of all reconstructions of
+a step, each against the image at its size; LPIPS and the adversarial term see the full size.
+
 Images are in [−1, 1]; every term is a mean, so terms of micro-batches average to the batch's.
 """
 

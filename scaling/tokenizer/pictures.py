@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 UInt8 = NDArray[np.uint8]
 
 TILE = 96
-"""Tiles are at least so many pixels wide."""
+"""Tiles have at least so many pixels on a side."""
 GAP, LABEL_HEIGHT, MARGIN = 4, 18, 12
 INK, PAPER = (30, 30, 30), (255, 255, 255)
 
@@ -27,13 +27,14 @@ def grid(rows: Sequence[tuple[str, Sequence[UInt8]]], title: str) -> Image.Image
         rows: each a label and its images, uint8 (H, W, 3), all square; the first one's side sets the tiles'.
         title: one line over all.
     """
-    side = rows[0][1][0].shape[0]
-    tile = side * max(1, -(-TILE // side))
+    high, wide = rows[0][1][0].shape[:2]
+    factor = max(1, -(-TILE // min(high, wide)))
+    high, wide = high * factor, wide * factor
     columns = max(len(images) for _, images in rows)
     draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     text_width = max([draw.textlength(title), *(draw.textlength(label) for label, _ in rows)])
-    width = 2 * MARGIN + max(columns * (tile + GAP) - GAP, int(text_width) + 1)
-    row_height = LABEL_HEIGHT + tile + GAP
+    width = 2 * MARGIN + max(columns * (wide + GAP) - GAP, int(text_width) + 1)
+    row_height = LABEL_HEIGHT + high + GAP
     sheet = Image.new("RGB", (width, 2 * MARGIN + LABEL_HEIGHT + len(rows) * row_height), PAPER)
     draw = ImageDraw.Draw(sheet)
     draw.text((MARGIN, MARGIN), title, fill=INK)
@@ -41,8 +42,8 @@ def grid(rows: Sequence[tuple[str, Sequence[UInt8]]], title: str) -> Image.Image
         top = MARGIN + LABEL_HEIGHT + r * row_height
         draw.text((MARGIN, top + 3), label, fill=INK)
         for c, pixels in enumerate(images):
-            picture = Image.fromarray(pixels).resize((tile, tile), Image.Resampling.NEAREST)
-            sheet.paste(picture, (MARGIN + c * (tile + GAP), top + LABEL_HEIGHT))
+            picture = Image.fromarray(pixels).resize((wide, high), Image.Resampling.NEAREST)
+            sheet.paste(picture, (MARGIN + c * (wide + GAP), top + LABEL_HEIGHT))
     return sheet
 
 

@@ -56,6 +56,39 @@ def from_published(config: TokenizerConfig, state: Mapping[str, Tensor]) -> dict
     return converted
 
 
+def told_tokenizer(state: Mapping[str, Tensor], scales: Sequence[int]) -> TokenizerConfig:
+    """The config of a published tokenizer, from its keys and shapes; these do not tell the scales.
+
+    Raises:
+        ConfigError: a key that tells it is missing.
+    """
+    scalable = any("conv_blocks" in key for key in state)
+    level, block = ("encoder.conv_blocks", "res") if scalable else ("encoder.down", "block")
+
+    def rows(key: str) -> int:
+        require(key in state and state[key].ndim > 0, f"not this tokenizer: it is missing {key}")
+        return state[key].shape[0]
+
+    def count(pattern: str) -> int:
+        return len({match[0] for key in state if (match := re.match(pattern, key))})
+
+    channels, latent = rows("encoder.conv_in.weight"), rows("quant_conv.weight")
+    levels = count(rf"{level}\.\d+\.")
+    widths = [rows(f"{level}.{i}.{block}.0.conv1.weight") for i in range(levels)]
+    z_width = rows("encoder.conv_out.weight")
+    return TokenizerConfig(
+        vocab=rows("quantize.embedding.weight"),
+        latent_channels=latent,
+        channels=channels,
+        multipliers=tuple(width // channels for width in widths),
+        res_blocks=count(rf"{level}\.0\.{block}\.\d+\."),
+        scales=tuple(scales),
+        phis=TokenizerConfig.phis if scalable else count(r"quantize\.quant_resi\.qresi_ls\.\d+\."),
+        quantizer="scalable" if scalable else "residual",
+        z_channels=None if z_width == latent else z_width,
+    )
+
+
 def to_published(config: TokenizerConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state dict of a tokenizer of this project as the published code loads it.
 

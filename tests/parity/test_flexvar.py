@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from scaling import flops
 from scaling.config import PAPER_SCALES, ModelConfig, TokenizerConfig
 from scaling.families.flexvar import FlexVAR, sin_cos_map
+from scaling.families.published import published_name, transformer_from_published
 from scaling.generation import sample_tokens
-from scaling.pretrained import published_name, transformer_from_published
 from scaling.steps import published_scales, step_scales
 from scaling.tokenizer.published import from_published
 from scaling.tokenizer.vqvae import Tokenizer

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from scaling import flops, schedule
 from scaling.config import ModelConfig, TokenizerConfig, TrainConfig
 from scaling.draws import step_draws
+from scaling.families.published import published_name, transformer_from_published
 from scaling.families.var import VAR
 from scaling.generation import keep_top, sample_tokens
-from scaling.pretrained import published_name, transformer_from_published
 from scaling.tokenizer.vqvae import Tokenizer
 from scaling.trainer import decay_groups
 

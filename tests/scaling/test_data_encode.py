@@ -80,7 +80,7 @@ def test_the_encoder_maps_black_and_white_to_minus_one_and_one() -> None:
     seen: list[torch.Tensor] = []
 
     class Spy(torch.nn.Module):
-        def encode(self, images: torch.Tensor) -> torch.Tensor:
+        def encode(self, images: torch.Tensor, sizes: None) -> torch.Tensor:
             seen.append(images)
             return torch.full((len(images), 5), 65535)
 

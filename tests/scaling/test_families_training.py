@@ -165,7 +165,7 @@ def test_paper_steps_keep_both_ends_and_drop_one_in_twenty() -> None:
         ("flexvar", {"scales": (1, 2, 5)}, r"tokenizer.scales \[1, 2, 3, 4\] lack \[5\]"),
         ("flexvar", {"scales": (1, 2, 3)}, "must end with tokenizer.scales' last, 4, got 3"),
         ("flexvar", {"step_schedule": "published"}, "for maps of 16 x 16 tokens, these are 4 x 4"),
-        ("raster", {"adaln": "own"}, "raster is a GPT-2: model.adaln must be none"),
+        ("raster", {"adaln": "own"}, "model.adaln must be none and .* for raster"),
         ("raster", {"step_schedule": "paper"}, "raster trains on the same steps always"),
         ("var", {}, "tokenizer.quantizer must be 'residual' for family 'var', got 'scalable'"),
     ],

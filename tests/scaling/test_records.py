@@ -224,7 +224,8 @@ def test_a_sweep_reached_through_a_link_keeps_its_tokenizers(tmp_path: Path) -> 
 
 def test_measurements_drawn_otherwise_are_lines_of_their_own(folder: RunFolder) -> None:
     for guidance, fid in ((1.0, 30.0), (2.0, 20.0), (1.0, 31.0)):
-        folder.append({"kind": "fidelity", "step": 5, "guidance": guidance, "fid": fid})
+        setting = f"guidance={guidance}"
+        folder.append({"kind": "fidelity", "step": 5, "setting": setting, "guidance": guidance, "fid": fid})
     folder.append({"kind": "eval", "step": 5})
     assert [(r["guidance"], r["fid"]) for r in folder.metrics("fidelity")] == [(2.0, 20.0), (1.0, 31.0)]
 

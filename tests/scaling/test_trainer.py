@@ -177,6 +177,37 @@ def test_micro_batches_change_only_rounding(
     assert_equal_within_rounding(folder, unbroken)
 
 
+ENDING = """
+import gc, sys
+import accelerate
+import scaling.trainer as trainer
+from scaling.process import run_job
+from torch.nn.parallel import DistributedDataParallel
+ended = accelerate.Accelerator.end_training
+def end_training(self):
+    assert self.num_processes == 2
+    assert not any(type(thing) is DistributedDataParallel for thing in gc.get_objects())
+    ended(self)
+accelerate.Accelerator.end_training = end_training
+sys.exit(run_job(trainer.main))
+"""
+
+
+def test_the_wrapped_model_is_gone_before_the_process_group(
+    chain: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Else its end can wait for a thread of the group that waits for it."""
+    launch = dataclasses.replace(tiny.LAUNCH, processes=2)
+    folder = tiny.make_run(tmp_path / "run", tiny.run_config(steps=2), launch)
+    (tmp_path / "ending.py").write_text(ENDING)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    command += [str(tmp_path / "ending.py"), str(folder.path)]
+    command += ["--tokens", str(chain[0]), "--tokenizer", str(chain[1])]
+    path = str(Path(__file__).resolve().parents[2])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    assert subprocess.run(command, env=environment, check=False, timeout=240).returncode == 0
+
+
 def test_two_processes_equal_one(unbroken: RunFolder, chain: tuple[Path, Path], tmp_path: Path) -> None:
     launch = dataclasses.replace(tiny.LAUNCH, processes=2)
     folder = tiny.make_run(tmp_path / "run", tiny.run_config(), launch)

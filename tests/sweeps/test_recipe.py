@@ -121,6 +121,8 @@ def test_a_wrong_option_is_named_as_it_was_written(tmp_path: Path) -> None:
         load_recipe(file, {("train", "lr_base"): "x"})
     with pytest.raises(ConfigError, match=r"^--tokenizer\.scales: tokenizer\.scales must end"):
         load_recipe(file, {("tokenizer", "scales"): [1, 2]})
+    with pytest.raises(ConfigError, match=r"^--depths: expected a whole number, got 'x'"):
+        load_recipe(file, {("depths",): [1, "x"]})
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -184,7 +186,7 @@ def test_the_help_lists_every_option_with_its_value() -> None:
     assert "Images per optimiser step" in text
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", [*SHIPPED, "cifar10-cpu", "families-cpu"])
 def test_shipped_recipes_say_how_they_are_launched_and_what_they_cost(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.name == name

@@ -151,6 +151,17 @@ def test_scalable_interrupted_and_resumed_is_unbroken(
     same(train(tmp_path / "run", scalable), unbroken_scalable)
 
 
+def test_every_pixel_of_every_reconstruction_weighs_the_same() -> None:
+    trained = stage1.Stage1(tiny.SCALABLE, training.make_accelerator(LAUNCH))
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    rebuilds = [torch.ones(2, 3, 4, 4), torch.zeros(2, 3, 16, 16)]
+    terms = trained._reconstruction_terms(images, rebuilds)
+    small = torch.nn.functional.avg_pool2d(images, 4)
+    squares = torch.cat([(small - 1).square().flatten(), images.square().flatten()])
+    torch.testing.assert_close(terms["pixel_l2"], squares.mean())
+    assert terms["perceptual"] == 0
+
+
 def test_terms_that_are_off_are_said_to_be_off(
     unbroken: RunFolder, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -1,0 +1,192 @@
+"""What the command line asks of a model: the options of each command that opens one. No torch."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from scaling.config import ConfigError, Device, Precision, require
+
+Task = Literal["inpaint", "outpaint", "class", "refine", "expand"]
+PAINTED: tuple[Task, ...] = ("inpaint", "outpaint", "class")
+"""Tasks that paint within the image, where a mask or a box says."""
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """Which model WHERE is, for commands that take a run's folder, a run of a sweep, or a checkpoint."""
+
+    root: str = "runs"
+    """The folder of all sweeps, where WHERE is a recipe."""
+    name: str | None = None
+    """The sweep's folder under the root; by default the recipe's name."""
+    depth: int | None = None
+    """Which run of a sweep."""
+    family: str | None = None
+    """Which family of a sweep that has several."""
+    tokenizer: str | None = None
+    """The tokenizer of a published checkpoint: a published file by path or hub name, or a tokenizer run's
+    folder; a run finds its own."""
+
+
+@dataclass(frozen=True)
+class ConvertRequest:
+    """Options of ``convert``."""
+
+    to: Literal["varscale", "published"] | None = None
+    """varscale: a published file to a folder of this project (safetensors and JSON); published: a model or
+    tokenizer of this project to a state dict that the published code loads. Needed."""
+    out: str | None = None
+    """The folder (varscale), or the file, .pth or .safetensors (published). Needed."""
+    part: Literal["transformer", "tokenizer"] | None = None
+    """Which of the two, where a training checkpoint holds both; by default the transformer."""
+    scales: tuple[int, ...] | None = None
+    """Side lengths of the token maps, where the file does not tell them; of a tokenizer, which does not,
+    VAR's for 256 px and all up to 16 for FlexVAR's by default."""
+
+
+@dataclass(frozen=True)
+class DataChoice:
+    """Validation images other than a run's own; a published checkpoint has none of its own."""
+
+    source: Literal["photos", "folder", "parquet", "hf"] | None = None
+    """As data.source of a recipe. By default the run's own."""
+    path: str | None = None
+    """Where they lie; alone: where a run's own images lie now."""
+    name: str | None = None
+    """hf: the data set's name on the hub."""
+    crop_margin: float | None = None
+    """The shorter side is resized to this times the resolution before the centre crop; 1.125 by default."""
+
+
+@dataclass(frozen=True)
+class EvaluateRequest(ModelChoice):
+    """Options of ``evaluate``."""
+
+    scales: tuple[int, ...] | None = None
+    """Side lengths of a published model's steps, where the file does not tell them."""
+    data: DataChoice = DataChoice()
+    images: int | None = None
+    """Evaluate so many of the validation images, spread evenly; by default all, or as many as the run did."""
+    batch: int | None = None
+    """Images per forward pass; it changes the result by rounding. By default the run's, else 64."""
+    precision: Precision | None = None
+    """By default the run's, and fp32 for published checkpoints."""
+    device: Device = "auto"
+    threads: int | None = None
+    """CPU threads; by default the run's, else all cores."""
+    json: bool = False
+    """Print JSON instead of a table."""
+    into: str | None = None
+    """A sweep's folder: write the result there as a finished run, marked as imported, so that it is a point
+    of the sweep's laws. Of published checkpoints; what training took is given below, and known for the
+    published names (var_d16, …)."""
+    epochs: float | None = None
+    """With --into: epochs that the checkpoint was trained for."""
+    train_images: int | None = None
+    """With --into: images of an epoch."""
+    train_batch: int | None = None
+    """With --into: images per optimiser step."""
+
+    def __post_init__(self) -> None:
+        for name in ("images", "batch", "threads", "train_images", "train_batch"):
+            value = getattr(self, name)
+            flag = "--" + name.replace("_", "-")
+            require(value is None or value >= 1, f"{flag} must be at least 1, got {value}")
+        require(self.epochs is None or self.epochs > 0, f"--epochs must be positive, got {self.epochs}")
+        for name in ("epochs", "train_images", "train_batch"):
+            flag = "--" + name.replace("_", "-")
+            require(getattr(self, name) is None or self.into is not None, f"{flag} is for --into SWEEP")
+
+
+@dataclass(frozen=True)
+class EditRequest(ModelChoice):
+    """Options of ``edit``."""
+
+    task: Task | None = None
+    """Needed. Paint the mask or box (inpaint), all but the box (outpaint), the box as another class (class);
+    draw the image at twice its size (refine), continue it to a larger canvas (expand)."""
+    mask: str | None = None
+    """A picture of the image's size, white where it is painted and black elsewhere."""
+    box: tuple[float, ...] | None = None
+    """Instead: left, upper, right and lower edge, in pixels of the image or all as fractions of it."""
+    class_: int | None = None
+    """The class to draw; by default none, as published."""
+    cfg: float = 1.5
+    """Classifier-free guidance towards the class."""
+    cfg_form: Literal["ramp", "constant"] = "ramp"
+    """Guidance rises over the steps, or is the same at all."""
+    top_k: int = 0
+    """Draw from the k most likely tokens only; 0 from all."""
+    top_p: float = 0.0
+    """Draw from the most likely tokens with this probability together; 0 from all."""
+    count: int = 4
+    """Number of candidates."""
+    seed: int = 0
+    """The same seed draws the same candidate; each further one has the next."""
+    batch: int = 16
+    """Candidates drawn at once; it does not change them."""
+    scales: tuple[int, ...] | None = None
+    """Steps, as tokens on the shorter side; for flexvar and flexvar-mamba."""
+    size: str | None = None
+    """The result's height x width in pixels, such as 32x48; for flexvar and flexvar-mamba."""
+    peek: bool = False
+    """Kept tokens may tell of what is under the mask, as in the published notebook; by default it is
+    replaced by a smooth continuation before the image is encoded."""
+    paste: bool = True
+    """Paste the image's known pixels into the result."""
+    feather: int | None = None
+    """Width in pixels of the seam between pasted and painted; by default a quarter of a token."""
+    out: str | None = None
+    """The folder of the pictures; by default edit-<settings> in the run's folder, or here."""
+
+    def __post_init__(self) -> None:
+        require(self.count >= 1, f"--count must be at least 1, got {self.count}")
+        require(self.batch >= 1, f"--batch must be at least 1, got {self.batch}")
+        require(self.seed >= 0, f"--seed must not be negative, got {self.seed}")
+        require(self.cfg >= 0, f"--cfg must not be negative, got {self.cfg:g}")
+        require(self.top_k >= 0, f"--top-k must not be negative, got {self.top_k}")
+        require(0 <= self.top_p <= 1, f"--top-p must be 0 to 1, got {self.top_p:g}")
+        require(
+            self.feather is None or self.feather >= 0, f"--feather must not be negative, got {self.feather}"
+        )
+        if self.task is None:
+            return
+        given = [name for name in ("mask", "box") if getattr(self, name) is not None]
+        if self.task in PAINTED:
+            require(
+                len(given) == 1,
+                f"--task {self.task} needs --mask or --box, got {' and '.join(given) or 'none'}",
+            )
+        else:
+            require(
+                not given, f"--task {self.task} keeps the whole image; it takes no --{''.join(given[:1])}"
+            )
+        require(self.box is None or len(self.box) == 4, "--box takes four numbers: left upper right lower")
+        require(self.task != "class" or self.class_ is not None, "--task class needs --class, what to draw")
+        require(
+            self.task != "expand" or self.size is not None, "--task expand needs --size, such as --size 32x48"
+        )
+        _ = self.pixels
+
+    @property
+    def chosen(self) -> Task:
+        """The task.
+
+        Raises:
+            ConfigError: none was given.
+        """
+        if self.task is None:
+            raise ConfigError(f"edit needs --task: {', '.join(get_args(Task))}")
+        return self.task
+
+    @property
+    def pixels(self) -> tuple[int, int] | None:
+        """``size`` as (height, width)."""
+        if self.size is None:
+            return None
+        match = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", self.size.strip().lower())
+        if match is None:
+            raise ConfigError(f"--size takes height x width in pixels, such as 32x48, got '{self.size}'")
+        return int(match[1]), int(match[2])
