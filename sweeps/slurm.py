@@ -222,6 +222,7 @@ def _submit(
             }
             for job in jobs
         ],
+        "leave_seconds": options.leave_seconds,
         "launch": to_dict(replace(launch, processes=resources.processes, runs_at_once=None)),
     }
     logs = file.with_suffix("")

@@ -5,9 +5,11 @@
 
 - One task per node starts all processes of that node, through Accelerate where a run has several in all;
   they meet at the first node, on a port that was free there at the start.
-- Slurm's SIGTERM, be it ahead of a time limit, for a pre-emption, a requeue or a cancellation, reaches
-  the nodes' tasks (of a pre-emption the batch script hears nothing). They pass it on once, so that a job
-  that is checkpointing is not killed by the next one, and it leaves with a checkpoint.
+- Slurm's SIGTERM, be it for a pre-emption, a requeue or a cancellation, reaches every process that the tasks
+  have started, so nobody passes it on: a second one would end a job that is checkpointing. (Of a pre-emption
+  the batch script hears nothing.) The job leaves with a checkpoint.
+- Ahead of a time limit the lead sends the same. Slurm could (``sbatch --signal``), but Slurm 22.05 does so
+  only in a job's first life, not after it was queued again.
 - Then the lead asks Slurm to queue the job again, unless Slurm is already ending it: then it was
   cancelled, or is being queued again. A job that fails by itself is not queued again.
 - A node that dies takes the job with it, and Slurm queues it again (``--requeue``). If the processes of the
@@ -28,7 +30,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from scaling.config import LaunchConfig, from_dict, to_dict
@@ -42,6 +43,8 @@ MOST_FRUITLESS = 5
 BUSY_SECONDS = 5.0
 ANSWER_SECONDS = 60.0
 """Within which every node must start a trivial task to count as alive."""
+LEAST_PAUSE_SECONDS, MOST_PAUSE_SECONDS = 5.0, 1800.0
+"""Between two looks at the time that is left; limits may be changed while a job runs."""
 ASKED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 
@@ -55,6 +58,7 @@ class Entry:
         self.job: dict[str, Any] = value["jobs"][self.index]
         self.folder = RunFolder(os.path.normpath(root / self.job["folder"]))
         self.nodes = int(os.environ["SLURM_JOB_NUM_NODES"])
+        self.leave_seconds: int = value["leave_seconds"]
         self._launch = from_dict(LaunchConfig, value["launch"])
 
     def launch(self, rank: int, address: str, port: int) -> LaunchConfig:
@@ -96,7 +100,8 @@ def lead(entry: Entry) -> int:
         state = str(status["state"]) if fresh else "silent"
         if state == "done" and entry.done:
             return DONE
-        if code == INTERRUPTED or state == "interrupted":
+        # A task that is still starting is ended by a SIGTERM, which comes from Slurm alone.
+        if state == "interrupted" or (state != "failed" and code in (INTERRUPTED, 128 + signal.SIGTERM)):
             return _again(entry, before, "it was asked to leave")
         if not fresh and folder.busy() and not asked:
             print(f"{entry.job['name']}: another process is working on it; waiting for it", flush=True)
@@ -104,6 +109,8 @@ def lead(entry: Entry) -> int:
             continue
         if entry.nodes > 1 and code != REFUSED and not _all_nodes_answer(entry):
             return _again(entry, before, "a node does not answer")
+        if state != "failed" and not _running():
+            return INTERRUPTED  # ended by Slurm before it could say so
         return _failed(folder, state, code)
 
 
@@ -120,9 +127,7 @@ def _failed(folder: RunFolder, state: str, code: int) -> int:
 
 def _again(entry: Entry, before: dict[str, Any], why: str) -> int:
     """Have Slurm queue this job again; the exit code, if it is not ended by that."""
-    number = os.environ["SLURM_JOB_ID"]
-    shown = _run(["scontrol", "show", "job", "-o", number])
-    if " JobState=RUNNING " not in shown.stdout:
+    if not _running():
         return INTERRUPTED  # cancelled, or queued again by Slurm itself
     note = entry.file.with_suffix("") / f"{entry.index}.json"
     step = entry.folder.status().get("step")
@@ -134,12 +139,18 @@ def _again(entry: Entry, before: dict[str, Any], why: str) -> int:
         return FAILED
     write_json(note, {"fruitless": fruitless})
     print(f"{entry.job['name']}: {why}; queued again", flush=True)
-    asked = _run(["scontrol", "requeue", number])
+    asked = _run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]])
     if asked.returncode != 0:
         print(f"{entry.job['name']}: Slurm does not queue it again: {words(asked.stderr)}", flush=True)
         return INTERRUPTED
     time.sleep(60)  # Slurm ends this process within a moment
     return INTERRUPTED
+
+
+def _running() -> bool:
+    """Whether Slurm has not begun to end this job."""
+    shown = _run(["scontrol", "show", "job", "-o", os.environ["SLURM_JOB_ID"]])
+    return " JobState=RUNNING " in shown.stdout
 
 
 def _meeting_point() -> tuple[str, int]:
@@ -152,16 +163,46 @@ def _meeting_point() -> tuple[str, int]:
 
 
 def _srun(entry: Entry, arguments: list[str]) -> int:
-    """One task on every node with all that the job has there; the highest exit code."""
-    # Of a session of its own: Slurm's signals reach the tasks directly, and srun would kill them.
-    return subprocess.Popen(
+    """One task on every node with all that the job has there, told to leave in time; the highest exit
+    code."""
+    process = subprocess.Popen(
         [
             *(*_on_every_node(entry), "--kill-on-bad-exit=1", "--unbuffered"),
             *(sys.executable, "-m", "sweeps.slurm_job", *arguments),
         ],
         env=_step_environment(),
-        start_new_session=True,
-    ).wait()
+    )
+    told = False
+    while process.poll() is None:
+        left = seconds_left(_squeue("%L"))
+        pause = MOST_PAUSE_SECONDS if told or left is None else left - entry.leave_seconds
+        if pause <= 0 and _step_is_there():  # else its tasks would not hear it
+            _run(["scancel", "--signal=TERM", os.environ["SLURM_JOB_ID"]])  # not to this process
+            told = True
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(min(max(pause, LEAST_PAUSE_SECONDS), MOST_PAUSE_SECONDS))
+    return process.returncode
+
+
+def _step_is_there() -> bool:
+    """Beside the one that is the batch script's."""
+    return any(step.rpartition(".")[2].isdigit() for step in _squeue("%i", "--steps").splitlines())
+
+
+def _squeue(shape: str, *more: str) -> str:
+    """About this job."""
+    return _run(
+        ["squeue", "--noheader", f"--format={shape}", f"--jobs={os.environ['SLURM_JOB_ID']}", *more]
+    ).stdout
+
+
+def seconds_left(shown: str) -> float | None:
+    """What squeue's ``%L`` says, [days-][[hours:]minutes:]seconds; None without a limit, or an answer."""
+    days, _, clock = shown.strip().rpartition("-")
+    parts = clock.split(":")
+    if not all(part.isdigit() for part in parts):
+        return None
+    return int(days or 0) * 86400.0 + sum(int(p) * 60.0**i for i, p in enumerate(reversed(parts)))
 
 
 def _all_nodes_answer(entry: Entry) -> bool:
@@ -199,29 +240,19 @@ def node(entry: Entry, address: str, port: int) -> int:
     where = f"Slurm {os.environ['SLURM_JOB_ID']} on {os.environ['SLURMD_NODENAME']}"
     print(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {where}: {shlex.join(line)}", flush=True)
     asked: list[int] = []
-    process: subprocess.Popen[bytes] | None = None
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        asked.append(number)
-        if len(asked) == 1 and process is not None:
-            _ask(process)
-
     for number in ASKED:
-        signal.signal(number, leave)
+        signal.signal(number, lambda number, frame: asked.append(number))
+    code = DONE
     if not asked:
         environment = os.environ | process_environment(launch, launch.threads)
-        process = subprocess.Popen(line, stdin=subprocess.DEVNULL, env=environment, start_new_session=True)
-        if asked:  # while it was being started
-            _ask(process)
-        code = process.wait()
-        if not asked:
-            return code if code >= 0 else 128 - code
-    return INTERRUPTED if rank == 0 else DONE
-
-
-def _ask(process: subprocess.Popen[bytes]) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGTERM)
+        # Of this task's process group, so that Slurm's signals reach it whatever it finds processes by.
+        code = subprocess.Popen(line, stdin=subprocess.DEVNULL, env=environment).wait()
+    told = bool(asked)
+    for number in ASKED:  # Slurm sends some of them twice; Python would die of one while it ends
+        signal.signal(number, signal.SIG_IGN)
+    if told:
+        return INTERRUPTED if rank == 0 else DONE
+    return code if code >= 0 else 128 - code
 
 
 def main(role: str, file: str, *place: str) -> int:

@@ -89,7 +89,7 @@ class SlurmOptions:
             for name in ("partition", "account", "qos", "constraint")
             if (value := getattr(self, name)) is not None
         ]
-        return [*named, f"--signal=TERM@{self.leave_seconds}", *shlex.split(self.sbatch or "")]
+        return [*named, *shlex.split(self.sbatch or "")]
 
 
 @dataclass(frozen=True)

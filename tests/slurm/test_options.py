@@ -11,6 +11,7 @@ from scaling.config import ConfigError, LaunchConfig
 from scaling.records import RecordsError, RunFolder
 from sweeps import slurm, slurm_queue
 from sweeps.jobs import Job, Kind
+from sweeps.slurm_job import seconds_left
 from sweeps.slurm_options import Resources, SlurmOptions
 from sweeps.slurm_queue import Seen, standing, words
 
@@ -36,9 +37,7 @@ def test_without_gpus_a_node_runs_the_recipes_processes_and_a_tokenizer_has_one_
 
 def test_options_of_sbatch_are_passed_through() -> None:
     options = replace(SLURM, partition="gpu", qos="long", sbatch="--mem=64G --exclude='n[1,2]'")
-    assert options.arguments() == [
-        *("--partition=gpu", "--qos=long", "--signal=TERM@120", "--mem=64G", "--exclude=n[1,2]")
-    ]
+    assert options.arguments() == [*("--partition=gpu", "--qos=long", "--mem=64G", "--exclude=n[1,2]")]
 
 
 @pytest.mark.parametrize(
@@ -86,6 +85,14 @@ def test_slurm_speaks_for_itself() -> None:
     said = "sbatch: error: invalid partition specified: x\nsbatch: error: Batch job submission failed: no\n"
     assert words(said) == "invalid partition specified: x: Batch job submission failed: no"
     assert words("") == "it did not say why"
+
+
+@pytest.mark.parametrize(
+    ("shown", "seconds"),
+    [("59", 59), ("1:30\n", 90), ("2:00:00", 7200), ("1-00:00:01", 86401), ("UNLIMITED", None), ("", None)],
+)
+def test_the_time_that_is_left(shown: str, seconds: float | None) -> None:
+    assert seconds_left(shown) == seconds
 
 
 def test_without_slurm_a_person_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
