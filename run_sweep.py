@@ -10,8 +10,9 @@ COMMAND is one of
     status     print where every job stands
     cancel     end what was handed to Slurm ('run --executor slurm')
     report     write the report of what is there
-    sample     draw pictures from a finished run
-and four more need no recipe:
+    stages     draw the same seeds across depths and stages of training
+and five more need no recipe:
+    python run_sweep.py sample WHERE [--key value ...]    pictures of a run or a published checkpoint
     python run_sweep.py evaluate WHERE [--key value ...]  loss and error of a run or a published checkpoint
     python run_sweep.py convert WHERE [--key value ...]   a published checkpoint to a folder of ours, or back
     python run_sweep.py edit WHERE IMAGE [--key value ...]  in-painting and other tasks without training
@@ -24,8 +25,8 @@ plan, tokenize and run take any value of the recipe: --train.lr 3e-4 --depths 2 
 
 Exit codes: 0 done; 1 a run failed; 2 bad input, told in one line; 130 interrupted.
 
-This file only parses and dispatches. Torch is imported by nothing here but ``sample``, ``edit``,
-``evaluate`` and ``convert``.
+This file only parses and dispatches. Torch is imported by nothing here but ``sample``, ``stages``,
+``edit``, ``evaluate`` and ``convert``.
 """
 
 from __future__ import annotations
@@ -45,7 +46,14 @@ from typing import Any, Literal
 from scaling.config import ConfigError, DataConfig, from_dict
 from scaling.process import one_line
 from scaling.records import RecordsError
-from scaling.requests import ConvertRequest, EditRequest, EvaluateRequest, ModelChoice
+from scaling.requests import (
+    ConvertRequest,
+    EditRequest,
+    EvaluateRequest,
+    ModelChoice,
+    SampleRequest,
+    StagesRequest,
+)
 from scaling.schema import here
 from sweeps.options import Option, flag_of, help_text, options_of, parse
 from sweeps.recipe import SHIPPED, Recipe, load_recipe
@@ -107,30 +115,6 @@ class ReportOptions(SweepOptions, ShowOptions):
     """Options of ``report``."""
 
 
-@dataclass(frozen=True)
-class SampleOptions(SweepOptions):
-    """Options of ``sample``."""
-
-    depth: int | None = None
-    """Which run of the sweep; needed."""
-    family: str | None = None
-    """Its family; needed where the sweep has several."""
-    classes: tuple[int, ...] | None = None
-    """Classes to draw, in turn; all in turn by default."""
-    count: int = 16
-    """Number of pictures."""
-    cfg: float = 1.5
-    """Classifier-free guidance."""
-    top_k: int = 0
-    """Draw from the k most likely tokens only; 0 from all."""
-    top_p: float = 0.0
-    """Draw from the most likely tokens with this probability together; 0 from all."""
-    seed: int = 0
-    """The same seed draws the same pictures."""
-    out: str | None = None
-    """The folder of the pictures; by default samples-<settings> in the run's folder."""
-
-
 def plan(recipe: Recipe, options: PlanOptions) -> int:
     """print what the sweep costs; runs nothing"""
     from sweeps import commands
@@ -189,32 +173,31 @@ def report(recipe: Recipe, options: ReportOptions) -> int:
     return 0
 
 
-def sample(recipe: Recipe, options: SampleOptions) -> int:
-    """draw pictures from a finished run"""
-    from sweeps.commands import finished_run
+def sample(where: str, request: SampleRequest) -> int:
+    """draw pictures from a run, of a sweep or by its folder, or from a published checkpoint"""
+    folder, tokenizer = _model(where, request)
 
-    if options.depth is None:
-        raise ConfigError("sample needs --depth, the depth of a finished run")
-    if options.count < 1:
-        raise ConfigError(f"--count must be at least 1, got {options.count}")
-    folder, tokenizer = finished_run(_sweep(recipe, options), options.depth, options.family)
-    settings = f"cfg{options.cfg:g}-k{options.top_k}-p{options.top_p:g}-seed{options.seed}"
-    out = Path(options.out) if options.out else folder.path / f"samples-{settings}"
+    from scaling.sample_command import sample as draw
 
-    from scaling.generation import sample_run
+    with _progress("drawing") as progress:
+        found = draw(folder, replace(request, tokenizer=tokenizer), progress)
+    print(*found.words, found.grid, sep="\n")
+    return 0
 
-    grid = sample_run(
-        run_folder=folder.path,
-        tokenizer_folder=tokenizer,
-        classes=options.classes,
-        count=options.count,
-        seed=options.seed,
-        cfg=options.cfg,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        out=out,
-    )
-    print(grid)
+
+def stages(where: str, request: StagesRequest) -> int:
+    """draw the same seeds across depths and stages of training, on one sheet (needs evaluation.snapshots)"""
+    from sweeps.commands import runs_by_depth
+
+    sweep = _sweep_folder(where, request.root, request.name) or Path(where)
+    listed = runs_by_depth(sweep, request.family, request.depths)
+
+    from scaling.stages_command import StagedRun, draw_stages
+
+    runs = [StagedRun(*((sweep / part).resolve() for part in (r.run, r.tokenizer, r.tokens))) for r in listed]
+    out = sweep / f"stages-{listed[0].family}.png" if request.out is None else Path(request.out)
+    with _progress("drawing") as progress:
+        print(draw_stages(runs, request, out, progress))
     return 0
 
 
@@ -302,7 +285,8 @@ COMMANDS = {
     "status": Command(status, lambda: StatusOptions, "sweep"),
     "cancel": Command(cancel, lambda: SweepOptions, "sweep"),
     "report": Command(report, lambda: ReportOptions, "sweep"),
-    "sample": Command(sample, lambda: SampleOptions, "sweep"),
+    "sample": Command(sample, lambda: SampleRequest, "model"),
+    "stages": Command(stages, lambda: StagesRequest, "model"),
     "edit": Command(edit, lambda: EditRequest, "model", ("IMAGE",)),
     "evaluate": Command(evaluate, lambda: EvaluateRequest, "model"),
     "convert": Command(convert, lambda: ConvertRequest, "model"),
@@ -438,12 +422,9 @@ def _model(where: str, choice: ModelChoice) -> tuple[str, str | None]:
     Raises:
         ConfigError, RecordsError: a sweep without ``--depth``, or without such a finished run.
     """
-    sweep = Path(where)
-    if not (sweep / "sweep.json").exists():
-        if sweep.suffix not in (".yaml", ".yml") and not (SHIPPED / f"{where}.yaml").exists():
-            return where, choice.tokenizer
-        recipe = load_recipe(where)
-        sweep = Path(choice.root) / (recipe.name if choice.name is None else choice.name)
+    sweep = _sweep_folder(where, choice.root, choice.name)
+    if sweep is None:
+        return where, choice.tokenizer
     if choice.depth is None:
         raise ConfigError(f"{where} is a sweep: --depth says which of its runs")
 
@@ -451,6 +432,16 @@ def _model(where: str, choice: ModelChoice) -> tuple[str, str | None]:
 
     folder, tokenizer = finished_run(sweep, choice.depth, choice.family)
     return str(folder.path), choice.tokenizer or str(tokenizer)
+
+
+def _sweep_folder(where: str, root: str, name: str | None) -> Path | None:
+    """The folder of a sweep, given itself, by its name under the root or by its recipe; else None."""
+    for folder in (Path(where), Path(root) / where):
+        if (folder / "sweep.json").exists():
+            return folder
+    if Path(where).suffix not in (".yaml", ".yml") and not (SHIPPED / f"{where}.yaml").exists():
+        return None
+    return Path(root) / (load_recipe(where).name if name is None else name)
 
 
 def _sweep(recipe: Recipe, options: SweepOptions) -> Path:

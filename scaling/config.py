@@ -294,8 +294,15 @@ class EvaluationConfig:
     """The first evaluation, as a share of training."""
     images: int | None = None
     """Validation images used; None for all that are cached."""
+    snapshots: tuple[float, ...] = field(default=(), metadata={"added": True})
+    """Shares of training after which the weights are kept beside the final ones, for pictures of stages."""
 
     def __post_init__(self) -> None:
+        shares = self.snapshots
+        require(
+            all(0 < share < 1 for share in shares) and list(shares) == sorted(set(shares)),
+            f"evaluation.snapshots are growing shares of training, above 0 and below 1, got {list(shares)}",
+        )
         require(self.points >= 1, f"evaluation.points must be at least 1, got {self.points}")
         require(
             self.images is None or self.images >= 1,
@@ -401,6 +408,11 @@ class RunConfig:
         first = max(1.0, self.evaluation.first * total)
         ratio = (total / first) ** (1 / (points - 1))
         return tuple(sorted({min(total, max(1, round(first * ratio**i))) for i in range(points)} | {total}))
+
+    @property
+    def snapshot_steps(self) -> dict[float, int]:
+        """Steps after which the weights are kept, by share of training."""
+        return {share: max(1, round(share * self.total_steps)) for share in self.evaluation.snapshots}
 
 
 @dataclass(frozen=True)

@@ -22,41 +22,56 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from scaling.config import FLEXIBLE, ConfigError, ModelConfig, SamplingConfig, require
+from scaling.config import FLEXIBLE, ModelConfig, SamplingConfig, require
 from scaling.families.interface import FamilyModel
 from scaling.families.registry import FAMILIES
 from scaling.pictures import image_grid
-from scaling.pretrained import open_model
 from scaling.tokenizer.quantizer import Quantizer, Size
 from scaling.tokenizer.vqvae import Tokenizer
 
 SMOOTHEST, SHARPEST = 0.27, 0.005
 """Temperatures of smoothed sampling at the first step and its floor, as published."""
+ROWS_PER_THREAD = 1024
+"""On a CPU so many tokens at once and thread: what a layer holds of them stays in the caches, and is memory
+used again where larger tensors come fresh from the system each time, page by page."""
 
 
 def keep_top(logits_BlV: Tensor, top_k: int = 0, top_p: float = 0.0) -> Tensor:
-    """Logits with everything outside the top k and the nucleus p set to −∞; 0 keeps all.
+    """Logits with everything outside the top k and, among them, the nucleus p set to −∞; 0 keeps all.
 
     The nucleus is the smallest set of most likely tokens whose probability reaches p.
     """
-    if top_k > 0:
-        bound = logits_BlV.topk(min(top_k, logits_BlV.shape[-1]), dim=-1).values[..., -1:]
-        logits_BlV = logits_BlV.masked_fill(logits_BlV < bound, -math.inf)
+    vocab = logits_BlV.shape[-1]
+    if top_k == 0 and top_p == 0:
+        return logits_BlV
+    # Only the k most likely are sorted, and the nucleus is sought among them.
+    values_Blk = logits_BlV.topk(min(top_k or vocab, vocab), dim=-1).values
+    bound_Bl1 = values_Blk[..., -1:]
     if top_p > 0:
-        ascending, order = logits_BlV.sort(dim=-1)
-        outside = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - top_p
-        outside[..., -1] = False
-        logits_BlV = logits_BlV.masked_fill(outside.scatter(-1, order, outside), -math.inf)
-    return logits_BlV
+        ascending_Blk = values_Blk.flip(-1)
+        outside_Blk = ascending_Blk.softmax(dim=-1).cumsum(dim=-1) <= 1 - top_p
+        outside_Blk[..., -1] = False
+        bound_Bl1 = ascending_Blk.gather(-1, outside_Blk.sum(dim=-1, keepdim=True))
+    return logits_BlV.masked_fill(logits_BlV < bound_Bl1, -math.inf)
 
 
 def draw(logits_BlV: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
     """One token id per position, (B, l), image b from its own generator.
 
-    The exponential race: argmax of p / Exp(1) is distributed as p.
+    The Gumbel race: the argmax of log p + Gumbel noise is distributed as p.
     """
-    noise = torch.stack([torch.empty(logits_BlV.shape[1:]).exponential_(generator=g) for g in generators])
-    return (logits_BlV.float().softmax(dim=-1) / noise.to(logits_BlV.device)).argmax(dim=-1)
+    return (logits_BlV.float() + gumbel_noise(logits_BlV, generators)).argmax(dim=-1)
+
+
+def gumbel_noise(like_BlV: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """Standard Gumbel noise, fp32, image b's from its own generator on the CPU: −log(−log u).
+
+    u has 24 bits and may be 0, whose noise is −∞ and never wins; it is never 1, which always would.
+    """
+    noise_BlV = torch.empty(like_BlV.shape)
+    for noise_lV, generator in zip(noise_BlV, generators, strict=True):
+        noise_lV.uniform_(generator=generator)
+    return noise_BlV.log_().neg_().log_().neg_().to(like_BlV.device)
 
 
 @dataclass(frozen=True)
@@ -92,8 +107,8 @@ def sample_tokens(
         smooth: mix the codes by Gumbel-softmax weights instead of taking one, for smoother pictures; as
             published, never for measuring. Next-scale families only.
         sizes: the steps of the image; None for the model's own.
-        largest: FlexVAR's side above which a step is larger than those trained on; None for the largest of
-            the model's own.
+        largest: FlexVAR's steps whose shorter side is above this are larger than those trained on; None for
+            the largest of the model's own.
         forced: what is known of the images.
 
     Returns:
@@ -105,29 +120,67 @@ def sample_tokens(
     config, batch = model.config, len(labels_B)
     family, steps = FAMILIES[config.family], config.sizes if sizes is None else tuple(sizes)
     require(not smooth or family.guidance is None, f"{config.family} feeds tokens back: none to smooth")
+    choice = _Choice(
+        guidance, family.guidance or guidance_form, top_k, top_p, smooth,
+        largest=config.scales[-1] if largest is None else largest,
+    )  # fmt: skip
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    both, largest = guidance > 0, config.scales[-1] if largest is None else largest
-    null_B = torch.full_like(labels_B, config.num_classes)
-    decoding = model.begin(torch.cat([labels_B, null_B]) if both else labels_B, steps)
-    feed = family.feed(quantizer, batch, steps)
-    form = family.guidance or guidance_form
+    together = batch
+    if labels_B.device.type == "cpu":
+        rows = max(model.chunks(steps)) * (2 if guidance > 0 else 1)
+        together = max(1, ROWS_PER_THREAD * torch.get_num_threads() // rows)
+    tokens, latents = [], []
+    for start in range(0, batch, together):
+        part = slice(start, start + together)
+        known = None if forced is None else Forced(forced.tokens_BL[part], forced.keep_BL[part])
+        tokens_bL, latent_bCHW = _sample_together(
+            model, quantizer, labels_B[part], generators[part], steps, choice, known
+        )
+        tokens.append(tokens_bL)
+        latents.append(latent_bCHW)
+    return torch.cat(tokens), torch.cat(latents)
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """How tokens are chosen; as the arguments of ``sample_tokens``."""
+
+    guidance: float
+    form: Literal["ramp", "constant"]
+    top_k: int
+    top_p: float
+    smooth: bool
+    largest: int
+
+
+def _sample_together(
+    model: FamilyModel,
+    quantizer: Quantizer,
+    labels_B: Tensor,
+    generators: Sequence[torch.Generator],
+    steps: Sequence[Size],
+    choice: _Choice,
+    forced: Forced | None,
+) -> tuple[Tensor, Tensor]:
+    """``sample_tokens`` of images that go through the model side by side."""
+    config = model.config
+    decoding = model.begin(labels_B, steps, guided=choice.guidance > 0)
+    feed = FAMILIES[config.family].feed(quantizer, len(labels_B), steps)
     inputs: Tensor | None = None
     tokens, start = [], 0
     for chunk, count in enumerate(model.chunks(steps)):
-        doubled = torch.cat([inputs, inputs]) if both and inputs is not None else inputs
-        logits_BlV = model.extend(decoding, doubled)
-        beyond = config.family in FLEXIBLE and max(steps[chunk]) > largest
+        # Longer in one direction only, a step shows nothing finer than what the model was trained on.
+        beyond = config.family in FLEXIBLE and min(steps[chunk]) > choice.largest
         progress = 1.0 if beyond else ramp(config, len(steps), chunk)
-        if both:
-            weight = guidance * (progress if form == "ramp" else 1.0)
-            logits_BlV = (1 + weight) * logits_BlV[:batch] - weight * logits_BlV[batch:]
-        kept_BlV = keep_top(logits_BlV, 1 if beyond else top_k, top_p)
+        weight = choice.guidance * (progress if choice.form == "ramp" else 1.0)
+        logits_BlV = model.extend(decoding, inputs, weight)
+        kept_BlV = keep_top(logits_BlV, 1 if beyond else choice.top_k, choice.top_p)
         ids_Bl = draw(kept_BlV, generators)
+        known = slice(start, start + count)
         if forced is not None:
-            known = slice(start, start + count)
             ids_Bl = torch.where(forced.keep_BL[:, known], forced.tokens_BL[:, known], ids_Bl)
         codes_BlC = quantizer.codes(ids_Bl)
-        if smooth:
+        if choice.smooth:
             mixed_BlC = _smoothed(kept_BlV, quantizer, progress, generators)
             if forced is not None:
                 mixed_BlC = torch.where(forced.keep_BL[:, known, None], codes_BlC, mixed_BlC)
@@ -153,10 +206,31 @@ def _smoothed(
 ) -> Tensor:
     """Codes (B, l, C) mixed by softmax((logits·(1 + progress) + Gumbel noise) / temperature)."""
     temperature = max(SMOOTHEST * (1 - 0.95 * progress), SHARPEST)
-    noise = torch.stack([torch.empty(logits_BlV.shape[1:]).exponential_(generator=g) for g in generators])
-    noisy_BlV = logits_BlV.float() * (1 + progress) - noise.log().to(logits_BlV.device)
+    noisy_BlV = logits_BlV.float() * (1 + progress) + gumbel_noise(logits_BlV, generators)
     ids_V = torch.arange(logits_BlV.shape[-1], device=logits_BlV.device)
     return (noisy_BlV / temperature).softmax(dim=-1) @ quantizer.codes(ids_V)
+
+
+@torch.no_grad()
+def draw_images(
+    model: FamilyModel,
+    tokenizer: Tokenizer,
+    labels: Sequence[int],
+    seeds: Sequence[int],
+    sampling: SamplingConfig,
+    *,
+    smooth: bool = False,
+    sizes: Sequence[Size] | None = None,
+    forced: Forced | None = None,
+) -> Tensor:
+    """Images (n, 3, H, W) in [−1, 1], on the model's device, all at once; as ``sample_tokens``."""
+    labels_B = torch.tensor(list(labels), device=next(tokenizer.parameters()).device)
+    _, latent_BCHW = sample_tokens(
+        model, tokenizer.quantize, labels_B, seeds,
+        guidance=sampling.guidance, guidance_form=sampling.guidance_form,
+        top_k=sampling.top_k, top_p=sampling.top_p, smooth=smooth, sizes=sizes, forced=forced,
+    )  # fmt: skip
+    return tokenizer.decode_features(latent_BCHW).clamp(-1, 1)
 
 
 def sample_images(
@@ -165,21 +239,13 @@ def sample_images(
     classes: Sequence[int],
     sampling: SamplingConfig,
     batch: int = 32,
-    sizes: Sequence[Size] | None = None,
 ) -> Tensor:
     """Images (n, 3, H, W) in [−1, 1], one per class given; image i has seed ``sampling.seed + i``."""
-    device = next(tokenizer.parameters()).device
     images = []
     for start in range(0, len(classes), batch):
-        labels_B = torch.tensor(list(classes[start : start + batch]), device=device)
-        seeds = [sampling.seed + start + i for i in range(len(labels_B))]
-        _, latent_BCHW = sample_tokens(
-            model, tokenizer.quantize, labels_B, seeds,
-            guidance=sampling.guidance, guidance_form=sampling.guidance_form,
-            top_k=sampling.top_k, top_p=sampling.top_p, sizes=sizes,
-        )  # fmt: skip
-        with torch.no_grad():
-            images.append(tokenizer.decode_features(latent_BCHW).clamp(-1, 1).cpu())
+        labels = classes[start : start + batch]
+        seeds = [sampling.seed + start + i for i in range(len(labels))]
+        images.append(draw_images(model, tokenizer, labels, seeds, sampling).cpu())
     return torch.cat(images)
 
 
@@ -189,42 +255,3 @@ def sample_grid(
     """Write a PNG grid of ``sampling.images`` samples, the classes in turn."""
     classes = [i % num_classes for i in range(sampling.images)]
     image_grid(sample_images(model, tokenizer, classes, sampling)).save(target)
-
-
-def sample_run(
-    run_folder: Path,
-    tokenizer_folder: Path,
-    *,
-    classes: Sequence[int] | None,
-    count: int,
-    seed: int,
-    cfg: float,
-    top_k: int,
-    top_p: float,
-    out: Path,
-) -> Path:
-    """Sample ``count`` images from a finished run: PNGs and ``grid.png`` in the folder ``out``.
-
-    Args:
-        classes: class ids, repeated in turn; all classes in turn when None.
-
-    Raises:
-        ConfigError: a class that the run does not have.
-        RecordsError: the run is not finished.
-    """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    opened = open_model(run_folder, tokenizer_folder, device)
-    known = opened.model.config.num_classes
-    chosen = list(classes) if classes else list(range(known))
-    for label in chosen:
-        if not 0 <= label < known:
-            raise ConfigError(f"class {label} is not one of the run's {known} classes (0 to {known - 1})")
-    sampling = SamplingConfig(images=count, guidance=cfg, top_k=top_k, top_p=top_p, seed=seed)
-    labels = [chosen[i % len(chosen)] for i in range(count)]
-    images = sample_images(opened.model, opened.tokenizer, labels, sampling)
-    out.mkdir(parents=True, exist_ok=True)
-    for i, (label, image) in enumerate(zip(labels, images, strict=True)):
-        image_grid(image[None]).save(out / f"{i:05d}-class{label}-seed{seed + i}.png")
-    grid = out / "grid.png"
-    image_grid(images).save(grid)
-    return grid

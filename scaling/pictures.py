@@ -1,20 +1,36 @@
-"""Image tensors to one PNG grid, with pillow."""
+"""Image tensors to PNGs, with pillow: single pictures, grids, and labelled tables of pictures."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
 from torch import Tensor
 
+UInt8 = NDArray[np.uint8]
 SMALLEST = 64
 """Images below this side are enlarged by a whole factor, so that a grid can be looked at."""
+MARGIN, GAP, LINE = 12, 6, 16
+"""Of tables, in pixels."""
+
+
+def uint8(images_B3HW: Tensor) -> UInt8:
+    """Images in [−1, 1], on any device, as (B, H, W, 3)."""
+    pixels: UInt8 = ((images_B3HW.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return pixels
 
 
 def image_grid(images_B3HW: Tensor, columns: int | None = None, gap: int = 2) -> Image.Image:
     """Tile images in [−1, 1] row by row on white; ``columns`` defaults to a near-square grid."""
-    pixels = ((images_B3HW.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return pixel_grid(uint8(images_B3HW), columns, gap)
+
+
+def pixel_grid(pixels: UInt8, columns: int | None = None, gap: int = 2) -> Image.Image:
+    """As ``image_grid``, of uint8 (B, H, W, 3)."""
     count, height, width, _ = pixels.shape
     factor = max(1, math.ceil(SMALLEST / max(height, width)))
     pixels = pixels.repeat(factor, axis=1).repeat(factor, axis=2)
@@ -26,3 +42,41 @@ def image_grid(images_B3HW: Tensor, columns: int | None = None, gap: int = 2) ->
         top, left = (index // columns) * (height + gap), (index % columns) * (width + gap)
         canvas[top : top + height, left : left + width] = image
     return Image.fromarray(canvas)
+
+
+def save_png(picture: Image.Image, target: Path) -> None:
+    """Write a PNG so that a kill leaves the whole file or none."""
+    aside = target.with_name(f".{target.name}.tmp")
+    picture.save(aside, format="png")
+    aside.replace(target)
+
+
+def table(
+    cells: Sequence[Sequence[Image.Image | None]], rows: Sequence[str], columns: Sequence[str], title: str
+) -> Image.Image:
+    """Pictures in rows and columns with their names, on white.
+
+    Args:
+        cells: row by row; None where there is no picture.
+    """
+    pictures = [cell for row in cells for cell in row if cell is not None]
+    width, height = max(cell.width for cell in pictures), max(cell.height for cell in pictures)
+    draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    left = MARGIN + int(max(draw.textlength(name) for name in rows)) + GAP
+    top = MARGIN + 2 * LINE
+    right = left + len(columns) * (width + GAP)
+    size = (
+        max(right, MARGIN + int(draw.textlength(title))) + MARGIN,
+        top + len(rows) * (height + GAP) + MARGIN,
+    )
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((MARGIN, MARGIN), title, fill="black")
+    for c, name in enumerate(columns):
+        draw.text((left + c * (width + GAP), MARGIN + LINE), name, fill="black")
+    for r, (name, row) in enumerate(zip(rows, cells, strict=True)):
+        draw.text((MARGIN, top + r * (height + GAP)), name, fill="black")
+        for c, cell in enumerate(row):
+            if cell is not None:
+                sheet.paste(cell, (left + c * (width + GAP), top + r * (height + GAP)))
+    return sheet

@@ -144,7 +144,7 @@ def open_weights(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     """
     if (folder / "config.json").exists():
         run = RunFolder(folder)
-        weights = folder / "final" / "weights.safetensors"
+        weights = run.weights
         if not weights.exists():
             raise RecordsError(f"{folder} has no final weights yet (state: {run.status()['state']})")
         return from_dict(RunConfig, run.config()).model, read_weights(weights).states[""]

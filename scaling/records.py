@@ -7,6 +7,8 @@
     <folder>/failure.json      error and exit code of the process that failed first, in this attempt
     <folder>/data.json         fingerprint of the images that a tokenizer or a token cache is made from
     <folder>/checkpoints/      step-<n>/ folders of safetensors and JSON (scaling.checkpoint)
+    <folder>/snapshots/        step-<n>.safetensors: weights along the way, if the config asks for any
+    <folder>/final/            weights.safetensors
 
 The same layout serves tokenizer runs, token caches and transformer runs. No torch. A sweep's folder holds
 ``sweep.json`` beside its runs, with the list of them (``read_sweep``).
@@ -111,6 +113,15 @@ class RunFolder:
     def checkpoints(self) -> Path:
         """Where checkpoints lie."""
         return self.path / "checkpoints"
+
+    @property
+    def weights(self) -> Path:
+        """The file of a finished run's weights."""
+        return self.path / "final" / "weights.safetensors"
+
+    def snapshot(self, step: int) -> Path:
+        """The file of the weights after ``step`` optimiser steps."""
+        return self.path / "snapshots" / f"step-{step:09d}.safetensors"
 
     def create(self, config: dict[str, Any]) -> None:
         """Make the folder with its ``config.json``.

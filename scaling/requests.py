@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from scaling.config import ConfigError, Device, Precision, require
+from scaling.config import ConfigError, Device, Precision, SamplingConfig, require
 
 Task = Literal["inpaint", "outpaint", "class", "refine", "expand"]
 PAINTED: tuple[Task, ...] = ("inpaint", "outpaint", "class")
@@ -190,3 +191,118 @@ class EditRequest(ModelChoice):
         if match is None:
             raise ConfigError(f"--size takes height x width in pixels, such as 32x48, got '{self.size}'")
         return int(match[1]), int(match[2])
+
+
+@dataclass(frozen=True)
+class DrawChoice:
+    """How pictures are drawn, for commands that draw them from classes alone."""
+
+    classes: tuple[int, ...] | None = None
+    """Classes to draw, in turn; by default all."""
+    seed: int = 0
+    """The same seed draws the same picture, whatever the batch."""
+    cfg: float = 1.5
+    """Classifier-free guidance; 0 for none."""
+    guidance_form: Literal["ramp", "constant"] = "ramp"
+    """Guidance rises over the steps (VAR), or is the same at all (LlamaGen, whose cfg is 1 more)."""
+    top_k: int = 0
+    """Draw from the k most likely tokens only; 0 from all."""
+    top_p: float = 0.0
+    """Draw from the most likely tokens with this probability together; 0 from all."""
+    batch: int = 16
+    """Pictures drawn at once; it does not change them."""
+    device: Device = "auto"
+    out: str | None = None
+    """Where to write; by default a name with the settings beside the model's own files, or here."""
+
+    def __post_init__(self) -> None:
+        require(self.batch >= 1, f"--batch must be at least 1, got {self.batch}")
+        require(self.seed >= 0, f"--seed must not be negative, got {self.seed}")
+        require(self.cfg >= 0, f"--cfg must not be negative, got {self.cfg:g}")
+        require(self.top_k >= 0, f"--top-k must not be negative, got {self.top_k}")
+        require(0 <= self.top_p <= 1, f"--top-p must be 0 to 1, got {self.top_p:g}")
+        require(self.classes is None or len(self.classes) > 0, "--classes needs at least one class")
+
+    def sampling(self, images: int) -> SamplingConfig:
+        """The part that decides pictures."""
+        return SamplingConfig(
+            images=images, guidance=self.cfg, guidance_form=self.guidance_form,
+            top_k=self.top_k, top_p=self.top_p, seed=self.seed,
+        )  # fmt: skip
+
+    def known_classes(self, count: int) -> tuple[int, ...]:
+        """The classes to draw, of a model that has ``count``.
+
+        Raises:
+            ConfigError: it has not all of them.
+        """
+        for label in self.classes or ():
+            require(0 <= label < count, f"class {label} is not one of the model's {count} (0 to {count - 1})")
+        return self.classes or tuple(range(count))
+
+
+@dataclass(frozen=True)
+class SampleRequest(DrawChoice, ModelChoice):
+    """Options of ``sample``."""
+
+    count: int = 16
+    """Number of pictures; picture i has seed + i."""
+    smooth: bool = False
+    """Mix codes instead of choosing one, for smoother pictures; never for measuring."""
+    scales: tuple[str, ...] | None = None
+    """Steps, as sides (1 2 3 5 8) or height x width (1x1 2x3 4x6); others than the model's own are for
+    flexvar and flexvar-mamba."""
+    classifier: str | None = None
+    """MODULE:FUNCTION; what FUNCTION() returns judges pictures by ``probabilities(images)``, and only the
+    best of each class are kept."""
+    keep: float | None = None
+    """Share of the drawn pictures that the classifier keeps: with 0.05 twenty are drawn for each."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.count >= 1, f"--count must be at least 1, got {self.count}")
+        require((self.classifier is None) == (self.keep is None), "--classifier and --keep go together")
+        require(self.keep is None or 0 < self.keep <= 1, f"--keep is a share, 0 to 1, got {self.keep}")
+        require(
+            self.classifier is None or self.classifier.count(":") == 1,
+            f"--classifier takes MODULE:FUNCTION, got '{self.classifier}'",
+        )
+        _ = self.sizes
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...] | None:
+        """``scales`` as (height, width)."""
+        if self.scales is None:
+            return None
+        sizes = []
+        for word in self.scales:
+            match = re.fullmatch(r"([1-9]\d{0,3})(?:x([1-9]\d{0,3}))?", word.lower())
+            if match is None:
+                raise ConfigError(f"--scales takes sides or height x width, such as 1 2 4x6, got '{word}'")
+            sizes.append((int(match[1]), int(match[2] or match[1])))
+        for (h, w), (later_h, later_w) in itertools.pairwise(sizes):
+            require(
+                later_h >= h and later_w >= w and later_h * later_w > h * w,
+                f"--scales must grow, got {h}x{w} before {later_h}x{later_w}",
+            )
+        return tuple(sizes)
+
+
+@dataclass(frozen=True)
+class StagesRequest(DrawChoice):
+    """Options of ``stages``."""
+
+    root: str = "runs"
+    """The folder of all sweeps, where WHERE is a recipe."""
+    name: str | None = None
+    """The sweep's folder under the root; by default the recipe's name."""
+    family: str | None = None
+    """Which family of a sweep that has several."""
+    depths: tuple[int, ...] | None = None
+    """Which depths; by default all."""
+    first: int = 0
+    """Steps whose tokens are those of a validation image of the class (of raster: rows of tokens)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.first >= 0, f"--first must not be negative, got {self.first}")

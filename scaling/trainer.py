@@ -88,7 +88,8 @@ def _train(
         train_split, val_split = cache.split("train"), cache.split("val")
         mirror = Mirror(accelerator, config, launch, folder, start)
         batches = Batches(config, launch, accelerator, train_split)
-        eval_steps, clock = set(config.eval_steps), Clock(launch.checkpoint_seconds)
+        eval_steps, snapshots = set(config.eval_steps), set(config.snapshot_steps.values())
+        clock = Clock(launch.checkpoint_seconds)
         agreement, spent = Agreement(accelerator, start), flops.spent(config, start)
         for step in range(start, total):
             set_rates(state.optimizer, config, step)
@@ -114,6 +115,9 @@ def _train(
                 if not finite(record["loss_avg"]):
                     raise TrainingError(f"the validation loss became {record['loss_avg']} at step {done}")
                 mirror.log(record)
+            if done in snapshots and accelerator.is_main_process:
+                with clock.paused():
+                    write_weights(state.bare, folder.snapshot(done))
             leave, due = agreement.ask(done, job.should_stop(), clock.checkpoint_due())
             if (leave or due) and done < total:
                 with clock.paused():
@@ -334,12 +338,7 @@ def finish(
     """Leave the final weights and a picture of samples beside the numbers."""
     if not state.accelerator.is_main_process:
         return
-    target = folder.path / "final" / "weights.safetensors"
-    target.parent.mkdir(exist_ok=True)
-    aside = target.with_suffix(".tmp")
-    save_file({n: t.detach().cpu().contiguous() for n, t in state.bare.state_dict().items()}, aside)
-    sync_file(aside)
-    aside.replace(target)
+    write_weights(state.bare, folder.weights)
     if launch.sampling.images == 0:
         return
     state.bare.eval()
@@ -348,6 +347,15 @@ def finish(
         family_model(state.bare), tokenizer, launch.sampling, config.model.num_classes,
         folder.path / "samples.png",
     )  # fmt: skip
+
+
+def write_weights(model: nn.Module, target: Path) -> None:
+    """Write a model's weights so that ``target`` is whole whenever it is there."""
+    target.parent.mkdir(exist_ok=True)
+    aside = target.with_suffix(".tmp")
+    save_file({n: t.detach().cpu().contiguous() for n, t in model.state_dict().items()}, aside)
+    sync_file(aside)
+    aside.replace(target)
 
 
 def machine_facts(

@@ -18,7 +18,7 @@ from typing import Any
 from rich.console import Console
 
 from scaling.config import ConfigError, DataConfig, RunConfig
-from scaling.records import RecordsError, RunFolder
+from scaling.records import ListedRun, RecordsError, RunFolder
 from sweeps import calibration, slurm
 from sweeps.jobs import Job
 from sweeps.machine import Machine, this_machine
@@ -300,22 +300,48 @@ def finished_run(sweep: Path, depth: int, family: str | None = None) -> tuple[Ru
         RecordsError: the sweep has no finished run of that depth and family.
     """
     listed = started_sweep(sweep)
-    families = list(dict.fromkeys(run.family for run in listed))
-    if family is None and len(families) > 1:
-        raise ConfigError(f"--family is needed too: {sweep} has {', '.join(families)}")
-    if family is not None and family not in families:
-        raise ConfigError(f"--family: {sweep} has no {family}; it has {', '.join(families)}")
+    several = len({run.family for run in listed}) > 1
+    of_family = _of_family(sweep, listed, family)
     depths = set()
-    for run in listed:
+    for run in of_family:
         folder = RunFolder(sweep / run.run)
-        if run.family == (family or families[0]) and folder.status()["state"] == "done":
+        if folder.status()["state"] == "done":
             found = folder.config()["model"]["depth"]
             depths.add(found)
             if found == depth:
                 return folder, (sweep / run.tokenizer).resolve()
     known = ", ".join(map(str, sorted(depths))) or "none yet"
-    of = f" of {family}" if len(families) > 1 else ""
+    of = f" of {family}" if several else ""
     raise RecordsError(f"{sweep}: no finished run{of} of depth {depth}; finished depths: {known}")
+
+
+def runs_by_depth(sweep: Path, family: str | None, depths: Sequence[int] | None) -> list[ListedRun]:
+    """A family's runs, smallest first, one of each depth.
+
+    Args:
+        family: needed where the sweep has several.
+        depths: which; None for all.
+
+    Raises:
+        ConfigError: as ``finished_run``, and a depth that the sweep does not have.
+    """
+    found: dict[int, ListedRun] = {}
+    for run in _of_family(sweep, started_sweep(sweep), family):
+        found.setdefault(RunFolder(sweep / run.run).config()["model"]["depth"], run)
+    for depth in depths or ():
+        if depth not in found:
+            known = ", ".join(map(str, sorted(found)))
+            raise ConfigError(f"--depths: {sweep} has no depth {depth}; it has {known}")
+    return [found[depth] for depth in sorted(depths or found)]
+
+
+def _of_family(sweep: Path, listed: Sequence[ListedRun], family: str | None) -> list[ListedRun]:
+    families = list(dict.fromkeys(run.family for run in listed))
+    if family is None and len(families) > 1:
+        raise ConfigError(f"--family is needed too: {sweep} has {', '.join(families)}")
+    if family is not None and family not in families:
+        raise ConfigError(f"--family: {sweep} has no {family}; it has {', '.join(families)}")
+    return [run for run in listed if run.family == (family or families[0])]
 
 
 def _calibrate(made: Plan, state: JobState, out: Console) -> None:

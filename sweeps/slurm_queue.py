@@ -74,7 +74,7 @@ def standing(recorded: str, seen: Seen | None) -> tuple[str, str]:
     if seen.reason == "DependencyNeverSatisfied":
         return "blocked", "a job that it needs has failed"
     if seen.state == "CANCELLED":
-        return "cancelled", seen.reason
+        return "cancelled", ""
     if recorded == "running":  # it could not say how it ended
         return "failed", f"ended by Slurm: {seen.state}"
     return recorded, f"Slurm: {seen.state}"

@@ -29,6 +29,8 @@ class Decoding:
     """Of each layer: they depend on the class alone, so they are computed once."""
     places: list[Any]
     """What each layer's mixer keeps from chunk to chunk; for attention the ``attend`` of its cache."""
+    guided: bool = False
+    """Every image is there twice: with its class, and all of them once more without, for guidance."""
     step: int = 0
     """Chunks done."""
 
@@ -53,13 +55,18 @@ class FamilyModel(Protocol):
         """Tokens that each ``extend`` predicts."""
         ...
 
-    def begin(self, labels_B: Tensor, sizes: Sequence[Size] | None = None) -> Decoding:
-        """Start sampling."""
+    def begin(self, labels_B: Tensor, sizes: Sequence[Size] | None = None, guided: bool = False) -> Decoding:
+        """Start sampling, with classifier-free guidance or without."""
         ...
 
-    def extend(self, decoding: Decoding, inputs: Tensor | None) -> Tensor:
-        """Logits (B, l, V) of the next chunk."""
+    def extend(self, decoding: Decoding, inputs: Tensor | None, guidance: float = 0.0) -> Tensor:
+        """Logits (B, l, V) of the next chunk, guided by c + t·(c − u) if the decoding is."""
         ...
+
+
+def guided_labels(labels_B: Tensor, null: int, guided: bool) -> Tensor:
+    """The labels, and with guidance those of the same images without a class after them: (2B,)."""
+    return torch.cat([labels_B, torch.full_like(labels_B, null)]) if guided else labels_B
 
 
 class Feed(Protocol):

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from scaling.config import ModelConfig
-from scaling.families.interface import Decoding
+from scaling.families.interface import Decoding, guided_labels
 from scaling.layers.attention import Backend, KeyValueCache, Size, block_causal
 from scaling.layers.block import (
     Block,
@@ -135,9 +135,10 @@ class NextScale(nn.Module):
         """Tokens that each call of ``extend`` predicts: those of one step."""
         return [h * w for h, w in (self.config.sizes if sizes is None else sizes)]
 
-    def begin(self, labels_B: Tensor, sizes: Sequence[Size] | None = None) -> Decoding:
-        """Start sampling images of these classes and steps (None: the config's)."""
+    def begin(self, labels_B: Tensor, sizes: Sequence[Size] | None = None, guided: bool = False) -> Decoding:
+        """Start sampling images of these classes and steps (None: the config's), with guidance or without."""
         steps = self.config.sizes if sizes is None else tuple(sizes)
+        labels_B = guided_labels(labels_B, self.config.num_classes, guided)
         with full_precision(labels_B.device):
             cond_BW = self.class_embedding(labels_B)
         cond = self._condition(cond_BW)
@@ -147,13 +148,15 @@ class NextScale(nn.Module):
             cond_BW=cond_BW,
             modulations=[block.modulation(cond) for block in self.blocks],  # type: ignore[operator]
             places=self.cached_places(steps, len(labels_B), like),
+            guided=guided,
         )
 
-    def extend(self, decoding: Decoding, inputs_BlC: Tensor | None) -> Tensor:
+    def extend(self, decoding: Decoding, inputs_BlC: Tensor | None, guidance: float = 0.0) -> Tensor:
         """Logits (B, l, V) of the next step.
 
         Args:
             inputs_BlC: the codes that the step is predicted from; None at the first.
+            guidance: t of c + t·(c − u), if the decoding is guided.
         """
         step, cond_BW = decoding.step, decoding.cond_BW
         with full_precision(cond_BW.device):
@@ -161,13 +164,14 @@ class NextScale(nn.Module):
                 x_BLW = self._start(cond_BW)
             else:
                 x_BLW = self.token_embedding(inputs_BlC.float())
+                x_BLW = x_BLW.repeat(2, 1, 1) if decoding.guided else x_BLW
             x_BLW = x_BLW + self.step_positions(decoding.sizes, step)
         x_BLW = x_BLW.to(compute_dtype(x_BLW))
         self.enter_step(decoding.places, decoding.sizes, step)
         for block, modulation, place in zip(self.blocks, decoding.modulations, decoding.places, strict=True):
             x_BLW = block(x_BLW, modulation, place)
         decoding.step += 1
-        return self.head(x_BLW, cond_BW)
+        return self.head(x_BLW, cond_BW, guidance if decoding.guided else None)
 
     def step_positions(self, sizes: tuple[Size, ...], step: int) -> Tensor:
         """What is added to the tokens of one step, (l, W)."""

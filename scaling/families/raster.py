@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from scaling.config import ModelConfig
-from scaling.families.interface import Decoding
+from scaling.families.interface import Decoding, guided_labels
 from scaling.layers.attention import Backend, KeyValueCache, Size, causal
 from scaling.layers.block import (
     Block,
@@ -92,28 +92,38 @@ class Raster(nn.Module):
         self._check(sizes)
         return [1] * self.config.seq_len
 
-    def begin(self, labels_B: Tensor, sizes: Sequence[Size] | None = None) -> Decoding:
-        """Start sampling images of these classes."""
+    def begin(self, labels_B: Tensor, sizes: Sequence[Size] | None = None, guided: bool = False) -> Decoding:
+        """Start sampling images of these classes, with guidance or without."""
         self._check(sizes)
         config = self.config
+        labels_B = guided_labels(labels_B, config.num_classes, guided)
         with full_precision(labels_B.device):
             cond_BW = self.class_embedding(labels_B)
         like = cond_BW.new_empty(0, dtype=compute_dtype(cond_BW))
         shape = (len(labels_B), config.heads, config.seq_len, config.width // config.heads)
         places = [KeyValueCache(*shape, like=like).attend for _ in range(config.depth)]
-        return Decoding(config.sizes, cond_BW, [()] * config.depth, places)
+        return Decoding(config.sizes, cond_BW, [()] * config.depth, places, guided)
 
-    def extend(self, decoding: Decoding, tokens_B1: Tensor | None) -> Tensor:
-        """Logits (B, 1, V) of the next token, given the one before it; None at the first."""
+    def extend(self, decoding: Decoding, tokens_B1: Tensor | None, guidance: float = 0.0) -> Tensor:
+        """Logits (B, 1, V) of the next token.
+
+        Args:
+            tokens_B1: the token before it; None at the first.
+            guidance: t of c + t·(c − u), if the decoding is guided.
+        """
         cond_BW = decoding.cond_BW
         with full_precision(cond_BW.device):
-            x_B1W = cond_BW[:, None] if tokens_B1 is None else self.token_embedding(tokens_B1)
+            if tokens_B1 is None:
+                x_B1W = cond_BW[:, None]
+            else:
+                x_B1W = self.token_embedding(tokens_B1)
+                x_B1W = x_B1W.repeat(2, 1, 1) if decoding.guided else x_B1W
             x_B1W = x_B1W + self.positions[decoding.step]
         x_B1W = x_B1W.to(compute_dtype(x_B1W))
         for block, place in zip(self.blocks, decoding.places, strict=True):
             x_B1W = block(x_B1W, (), place)
         decoding.step += 1
-        return self.head(x_B1W, cond_BW)
+        return self.head(x_B1W, cond_BW, guidance if decoding.guided else None)
 
     def _check(self, sizes: Sequence[Size] | None) -> None:
         require(

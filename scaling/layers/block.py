@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scaling.config import ModelConfig
+from scaling.layers.linear import Linear, linear
 
 Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 """From q, k, v (B, H, L, E) and the scale of the scores to what every token gets."""
@@ -28,6 +29,8 @@ Modulation = tuple[Tensor, ...]
 """γ1, γ2, scale1, scale2, shift1, shift2 of a layer, each (B, 1, W); empty without adaLN."""
 MAX_LOG_SCALE = math.log(100)
 NORM_EPS = 1e-6
+NORMALIZE_EPS = 1e-12
+"""The least length that a query or key is divided by."""
 
 
 def layer_norm(x: Tensor) -> Tensor:
@@ -49,22 +52,25 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(w, 3 * w, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(w))
         self.v_bias = nn.Parameter(torch.zeros(w))  # k has none: softmax is blind to it
-        self.out = nn.Linear(w, w)
+        self.out = Linear(w, w)
         if config.qk_norm:
             self.log_scale = nn.Parameter(torch.full((config.heads,), math.log(4.0)))
 
     def forward(self, x_BLW: Tensor, attend: Attend) -> Tensor:
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = F.linear(x_BLW, self.qkv.weight, bias).unflatten(-1, (3, self.heads, -1))
-        q_BHLE, k_BHLE, v_BHLE = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        qkv = linear(x_BLW, self.qkv.weight, bias).unflatten(-1, (3, self.heads, -1))
+        qk, v_BLHE = qkv[:, :, :2], qkv[:, :, 2]
         scale = self.score_scale
         if self.qk_norm:
-            factor_H11 = self.log_scale.clamp_max(MAX_LOG_SCALE).exp()[:, None, None]
-            dtype = v_BHLE.dtype
-            q_BHLE = (F.normalize(q_BHLE, dim=-1) * factor_H11).to(dtype)
-            k_BHLE = F.normalize(k_BHLE, dim=-1).to(dtype)
+            factor_H = self.log_scale.clamp_max(MAX_LOG_SCALE).exp()
+            precise = torch.promote_types(qk.dtype, torch.float32)
+            length_BL2H = torch.linalg.vector_norm(qk, dim=-1, dtype=precise).clamp_min(NORMALIZE_EPS)
+            # One factor for both, so that the vectors are gone through once.
+            factor_BL2H = torch.stack([factor_H, torch.ones_like(factor_H)]) / length_BL2H
+            qk = (qk * factor_BL2H[..., None]).to(v_BLHE.dtype)
             scale = 1.0
-        out_BHLE = attend(q_BHLE, k_BHLE, v_BHLE, scale)
+        q_BHLE, k_BHLE = qk.transpose(1, 3).unbind(2)
+        out_BHLE = attend(q_BHLE, k_BHLE, v_BLHE.transpose(1, 2), scale)
         out_BLW: Tensor = self.out(out_BHLE.transpose(1, 2).flatten(2))
         return out_BLW
 
@@ -77,8 +83,8 @@ class Block(nn.Module):
         w = config.width
         self.kind = config.adaln
         self.mixer = mixer
-        self.mlp_in = nn.Linear(w, config.mlp_ratio * w)
-        self.mlp_out = nn.Linear(config.mlp_ratio * w, w)
+        self.mlp_in = Linear(w, config.mlp_ratio * w, gelu=True)
+        self.mlp_out = Linear(config.mlp_ratio * w, w)
         if config.adaln == "own":
             self.adaln = nn.Linear(w, 6 * w)
         elif config.adaln == "shared":
@@ -109,22 +115,29 @@ class Block(nn.Module):
             path_scale_2B: factors on the two residual branches of each image (drop path).
         """
         mixed = self.mixer(self._normed(x_BLW, modulation, 0), place)
-        x_BLW = x_BLW + self._gated(mixed, modulation, 0, path_scale_2B)
-        hidden = F.gelu(self.mlp_in(self._normed(x_BLW, modulation, 1)), approximate="tanh")
-        return x_BLW + self._gated(self.mlp_out(hidden), modulation, 1, path_scale_2B)
+        x_BLW = self._added(x_BLW, mixed, modulation, 0, path_scale_2B)
+        out = self.mlp_out(self.mlp_in(self._normed(x_BLW, modulation, 1)))
+        return self._added(x_BLW, out, modulation, 1, path_scale_2B)
 
     def _normed(self, x_BLW: Tensor, modulation: Modulation, branch: int) -> Tensor:
         if not modulation:
             return (self.norm1, self.norm2)[branch](x_BLW)
-        return layer_norm(x_BLW) * (1 + modulation[2 + branch]) + modulation[4 + branch]
+        return torch.addcmul(modulation[4 + branch], layer_norm(x_BLW), 1 + modulation[2 + branch])
 
-    def _gated(
-        self, x_BLW: Tensor, modulation: Modulation, branch: int, path_scale_2B: Tensor | None
+    def _added(
+        self,
+        x_BLW: Tensor,
+        branch_BLW: Tensor,
+        modulation: Modulation,
+        branch: int,
+        path_scale_2B: Tensor | None,
     ) -> Tensor:
+        """The residual x with a branch through its gate and its drop path."""
         if path_scale_2B is None:
-            return modulation[branch] * x_BLW if modulation else x_BLW
+            return torch.addcmul(x_BLW, modulation[branch], branch_BLW) if modulation else x_BLW + branch_BLW
         kept_B11 = path_scale_2B[branch, :, None, None].to(x_BLW.dtype)
-        return (modulation[branch] * kept_B11 if modulation else kept_B11) * x_BLW
+        gate = modulation[branch] * kept_B11 if modulation else kept_B11
+        return torch.addcmul(x_BLW, gate, branch_BLW)
 
     @torch.no_grad()
     def initialise(self, config: ModelConfig) -> None:
@@ -152,14 +165,25 @@ class Head(nn.Module):
             self.norm = nn.LayerNorm(w, eps=NORM_EPS)
         else:
             self.adaln = nn.Linear(w, 2 * w)
-        self.to_vocab = nn.Linear(w, config.vocab)
+        self.to_vocab = Linear(w, config.vocab)
 
-    def forward(self, x_BLW: Tensor, cond_BW: Tensor) -> Tensor:
-        """Logits (B, L, V) in fp32; ``cond_BW`` is the class embedding."""
+    def forward(self, x_BLW: Tensor, cond_BW: Tensor, guidance: float | None = None) -> Tensor:
+        """Logits (B, L, V) in fp32; ``cond_BW`` is the class embedding.
+
+        Args:
+            guidance: t of classifier-free guidance; the second half of the batch is then the first without
+                its classes, and the logits are c + t·(c − u) of the two, for the first half.
+        """
         if self.plain:
-            return self.to_vocab(self.norm(x_BLW.float())).float()
-        scale_BW, shift_BW = self.adaln(F.silu(cond_BW)).chunk(2, dim=-1)
-        return self.to_vocab(layer_norm(x_BLW.float()) * (1 + scale_BW[:, None]) + shift_BW[:, None]).float()
+            normed_BLW = self.norm(x_BLW.float())
+        else:
+            scale_BW, shift_BW = self.adaln(F.silu(cond_BW)).chunk(2, dim=-1)
+            normed_BLW = torch.addcmul(shift_BW[:, None], layer_norm(x_BLW.float()), 1 + scale_BW[:, None])
+        if guidance is not None:
+            # Logits are linear in this: guiding here halves the largest matrix product.
+            conditional, unconditional = normed_BLW.chunk(2)
+            normed_BLW = torch.lerp(unconditional, conditional, 1 + guidance)
+        return self.to_vocab(normed_BLW).float()
 
     @torch.no_grad()
     def initialise(self, config: ModelConfig) -> None:

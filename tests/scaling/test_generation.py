@@ -1,19 +1,19 @@
-"""Sampling: cached = teacher-forced, guidance 0 = none, a seed fixes a picture in any batch."""
+"""Drawing tokens: filters, noise, guidance; the laws of all families are in ``test_families``."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import math
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 
-from scaling.config import ConfigError, ModelConfig
+from scaling.config import ModelConfig, SamplingConfig
+from scaling.families.registry import family_model
 from scaling.families.var import VAR
-from scaling.generation import draw, keep_top, sample_run, sample_tokens
-from scaling.records import RecordsError
+from scaling.generation import draw, gumbel_noise, keep_top, sample_images, sample_tokens
+from scaling.layers.linear import Linear
 from scaling.tokenizer.vqvae import Tokenizer
 from tests.scaling import tiny
 
@@ -90,18 +90,66 @@ def test_filters_keep_the_most_likely(values: list[float], top_k: int, top_p: fl
     assert torch.equal(keep_top(logits), logits)
 
 
-def test_sampling_a_run_writes_pictures(tmp_path: Path) -> None:
-    from tests.scaling.test_trainer import run
+@given(st.integers(0, 2**32 - 1), st.integers(1, 40), st.floats(0.05, 1), st.integers(2, 40))
+def test_the_nucleus_is_sought_among_the_top_k(seed: int, top_k: int, top_p: float, vocab: int) -> None:
+    """Against the definition: sort everything, cut at k, renormalise, cut at p."""
+    logits = torch.randn(2, 3, vocab, generator=torch.Generator().manual_seed(seed))
+    kept = keep_top(logits, top_k, top_p)
+    ordered, order = logits.sort(dim=-1, descending=True)
+    within = ordered[..., :top_k].double().softmax(-1)
+    before = within.cumsum(-1) - within
+    for row in range(6):
+        ids = order.view(6, -1)[row][:top_k]
+        certain = ids[before.view(6, -1)[row] < top_p - 1e-5]
+        possible = ids[before.view(6, -1)[row] < top_p + 1e-5]
+        found = set(kept.view(6, -1)[row].isfinite().nonzero().flatten().tolist())
+        assert set(certain.tolist()) <= found <= set(possible.tolist())
+    finite = kept.isfinite()
+    assert torch.equal(kept[finite], logits[finite])
 
-    chain = tiny.make_tokens(tmp_path)
-    folder = run(tmp_path / "run", chain, tiny.run_config(steps=2))
-    options = {"seed": 0, "cfg": 1.5, "top_k": 0, "top_p": 0.9}
-    grid = sample_run(folder.path, chain[1], classes=[2, 0], count=3, out=tmp_path / "out", **options)  # type: ignore[arg-type]
-    names = sorted(p.name for p in (tmp_path / "out").iterdir())
-    assert names == ["00000-class2-seed0.png", "00001-class0-seed1.png", "00002-class2-seed2.png", "grid.png"]
-    assert Image.open(grid).size == (2 * 64 + 2, 2 * 64 + 2)
-    with pytest.raises(ConfigError, match=r"class 3 is not one of the run's 3 classes \(0 to 2\)"):
-        sample_run(folder.path, chain[1], classes=[3], count=1, out=tmp_path / "x", **options)  # type: ignore[arg-type]
-    unfinished = tiny.make_run(tmp_path / "unfinished", tiny.run_config(steps=3))
-    with pytest.raises(RecordsError, match="has no final weights yet"):
-        sample_run(unfinished.path, chain[1], classes=None, count=1, out=tmp_path / "x", **options)  # type: ignore[arg-type]
+
+def test_equal_logits_stay_together() -> None:
+    logits = torch.tensor([[[1.0, 0.0, 1.0, 1.0]]])
+    assert keep_top(logits, top_k=2).isfinite().tolist() == [[[True, False, True, True]]]
+
+
+def test_noise_is_gumbel_and_never_decides_for_what_was_taken_out() -> None:
+    noise = gumbel_noise(torch.empty(1, 1000, 200), [torch.Generator().manual_seed(1)]).double()
+    assert noise.mean().item() == pytest.approx(0.5772, abs=0.01)
+    assert noise.var().item() == pytest.approx(math.pi**2 / 6, abs=0.02)
+    assert not noise.isnan().any()
+    assert noise.max() < math.inf
+    logits = torch.full((1, 5000, 3), -math.inf)
+    logits[..., 1] = -50.0
+    assert (draw(logits, [torch.Generator().manual_seed(2)]) == 1).all()
+
+
+def test_an_images_noise_is_its_generators_whatever_is_beside_it() -> None:
+    like = torch.empty(3, 4, 5)
+    together = gumbel_noise(like, [torch.Generator().manual_seed(seed) for seed in (7, 8, 9)])
+    alone = gumbel_noise(like[:1], [torch.Generator().manual_seed(8)])
+    assert torch.equal(together[1], alone[0])
+
+
+def test_images_are_the_same_in_any_batch(pair: tuple[VAR, Tokenizer]) -> None:
+    model, tokenizer = pair
+    sampling = SamplingConfig(top_k=5, seed=4)
+    together = sample_images(family_model(model), tokenizer, [0, 1, 2, 1, 0], sampling)
+    apart = sample_images(family_model(model), tokenizer, [0, 1, 2, 1, 0], sampling, batch=2)
+    assert together.shape == (5, 3, 8, 8)
+    torch.testing.assert_close(together, apart, atol=1e-4, rtol=0)
+    assert together.abs().max() <= 1
+
+
+def test_the_layers_products_are_torchs_with_and_without_gradients() -> None:
+    torch.manual_seed(0)
+    for gelu in (False, True):
+        layer = Linear(24, 40, gelu)
+        x = torch.randn(3, 5, 24)
+        wanted = layer(x)
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x), wanted, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(layer(x[:, ::2]), wanted[:, ::2], atol=1e-5, rtol=1e-5)
+            half = layer.bfloat16()(x.bfloat16())
+        assert half.dtype == torch.bfloat16
+        assert wanted.requires_grad
