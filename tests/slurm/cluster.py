@@ -14,7 +14,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 NOT_POSSIBLE = 77
 """Exit code of ``up.sh`` where no Slurm can be had."""
-PATIENCE_SECONDS = 150.0
+PATIENCE_SECONDS = 400.0
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ class Sweep:
 
     def call(self, name: str, *options: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            self.command(name, *options), capture_output=True, text=True, env=self.environment, timeout=300
+            self.command(name, *options), capture_output=True, text=True, env=self.environment, timeout=600
         )
 
     def do(self, name: str, *options: str) -> str:
@@ -108,9 +108,10 @@ def disturbed(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Swe
         there.wait_for_checkpoint(LONG[1])
         node = cluster.node_of(there.job(LONG[1]))
         cluster.kill_node(node)
-        output = launcher.communicate(timeout=300)[0]
+        output = launcher.communicate(timeout=600)[0]
     finally:
         launcher.kill()
+        cluster.ask("scancel", "--name=tiny")  # what is left, if that was not all
     cluster.revive_node(node)
     assert launcher.returncode == 0, output
     assert "report: " in output
