@@ -11,15 +11,17 @@ COMMAND is one of
     cancel     end what was handed to Slurm ('run --executor slurm')
     report     write the report of what is there
     stages     draw the same seeds across depths and stages of training
-and five more need no recipe:
+    classifier train a classifier of the images, for 'fidelity' without published weights
+and six more need no recipe:
     python run_sweep.py sample WHERE [--key value ...]    pictures of a run or a published checkpoint
+    python run_sweep.py fidelity WHERE [--key value ...]  FID and other image metrics of a sweep's runs
     python run_sweep.py evaluate WHERE [--key value ...]  loss and error of a run or a published checkpoint
     python run_sweep.py convert WHERE [--key value ...]   a published checkpoint to a folder of ours, or back
     python run_sweep.py edit WHERE IMAGE [--key value ...]  in-painting and other tasks without training
     python run_sweep.py fit TABLE [--key value ...]      fit a scaling law to any table of runs
 
 RECIPE is a file or the name of a shipped recipe: quickstart, cifar10, cifar10-cpu, families-cpu, imagenet256.
-plan, tokenize and run take any value of the recipe: --train.lr 3e-4 --depths 2 4 6 --data.path X.
+plan, tokenize, run and classifier take any value of the recipe: --train.lr 3e-4 --depths 2 4 6 --data.path X.
 'python run_sweep.py COMMAND --help' lists a command's own options,
 'python run_sweep.py plan RECIPE --help' the values of the recipe too.
 
@@ -31,13 +33,12 @@ This file only parses and dispatches. Torch is imported by nothing here but ``sa
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import errno
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -47,16 +48,19 @@ from scaling.config import ConfigError, DataConfig, from_dict
 from scaling.process import one_line
 from scaling.records import RecordsError
 from scaling.requests import (
+    ClassifierRequest,
+    ClassifierRun,
     ConvertRequest,
     EditRequest,
     EvaluateRequest,
-    ModelChoice,
+    FidelityRequest,
     SampleRequest,
     StagesRequest,
+    same_images,
 )
 from scaling.schema import here
 from sweeps.options import Option, flag_of, help_text, options_of, parse
-from sweeps.recipe import SHIPPED, Recipe, load_recipe
+from sweeps.recipe import Recipe, load_recipe
 from sweeps.slurm_options import SlurmOptions
 
 SCRIPT = "python run_sweep.py"
@@ -175,11 +179,14 @@ def report(recipe: Recipe, options: ReportOptions) -> int:
 
 def sample(where: str, request: SampleRequest) -> int:
     """draw pictures from a run, of a sweep or by its folder, or from a published checkpoint"""
-    folder, tokenizer = _model(where, request)
+    from sweeps.progress import counted
+    from sweeps.where import model_at
+
+    folder, tokenizer = model_at(where, request)
 
     from scaling.sample_command import sample as draw
 
-    with _progress("drawing") as progress:
+    with counted("drawing") as progress:
         found = draw(folder, replace(request, tokenizer=tokenizer), progress)
     print(*found.words, found.grid, sep="\n")
     return 0
@@ -187,25 +194,50 @@ def sample(where: str, request: SampleRequest) -> int:
 
 def stages(where: str, request: StagesRequest) -> int:
     """draw the same seeds across depths and stages of training, on one sheet (needs evaluation.snapshots)"""
-    from sweeps.commands import runs_by_depth
+    from sweeps.progress import counted
+    from sweeps.where import runs_by_depth, sweep_at
 
-    sweep = _sweep_folder(where, request.root, request.name) or Path(where)
+    sweep = sweep_at(where, request.root, request.name) or Path(where)
     listed = runs_by_depth(sweep, request.family, request.depths)
 
     from scaling.stages_command import StagedRun, draw_stages
 
     runs = [StagedRun(*((sweep / part).resolve() for part in (r.run, r.tokenizer, r.tokens))) for r in listed]
     out = sweep / f"stages-{listed[0].family}.png" if request.out is None else Path(request.out)
-    with _progress("drawing") as progress:
+    with counted("drawing") as progress:
         print(draw_stages(runs, request, out, progress))
     return 0
+
+
+def classifier(recipe: Recipe, request: ClassifierRequest) -> int:
+    """train a classifier of the recipe's images, to look at pictures where no published weights are"""
+    from sweeps.fidelity import train_classifier
+
+    data = same_images(_resolve(recipe.data))
+    run = ClassifierRun(data, request.training)
+    return train_classifier(Path(request.root), run, recipe.launch, _check_data(data))
+
+
+def fidelity(where: str, request: FidelityRequest) -> int:
+    """FID, inception score, precision and recall of the pictures of finished runs, added to their records"""
+    from sweeps.fidelity import measure
+    from sweeps.where import selected
+
+    _ = request.chosen  # the cheap refusal first
+    selection = selected(where, request)
+    code = measure(selection, request)
+    if code == 0 and (selection.sweep / "report" / "report.html").exists():
+        _report(selection.sweep, show=False)
+    return code
 
 
 def edit(words: tuple[str, str], request: EditRequest) -> int:
     """edit IMAGE, a file or val:N of the run's data: in- and out-painting, a class, refinement, expansion"""
     where, image = words
     _ = request.chosen  # the cheap refusal first
-    folder, tokenizer = _model(where, request)
+    from sweeps.where import model_at
+
+    folder, tokenizer = model_at(where, request)
 
     from torch.cuda import is_available
 
@@ -219,14 +251,17 @@ def edit(words: tuple[str, str], request: EditRequest) -> int:
 
 def evaluate(where: str, request: EvaluateRequest) -> int:
     """loss and error of a run or of a published checkpoint on validation images"""
-    where, tokenizer = _model(where, request)
+    from sweeps.progress import counted
+    from sweeps.where import model_at
+
+    where, tokenizer = model_at(where, request)
     request = replace(request, tokenizer=tokenizer)
 
     from scaling.imported import import_into, training_of
     from scaling.validation import validate
 
     training = None if request.into is None else training_of(where, request)
-    with _progress("encoding") as progress:
+    with counted("encoding") as progress:
         result = validate(where, request, progress)
     if request.json:
         print(json.dumps(result.to_json(), indent=1))
@@ -271,9 +306,10 @@ class Command:
     """From what the first word names and the options to the exit code; its docstring is its help."""
     options: Callable[[], type]
     """The dataclass of its own options; a function, since not all of them are cheap to import."""
-    takes: Literal["recipe", "sweep", "table", "model"]
+    takes: Literal["recipe", "sweep", "runs", "table", "model"]
     """What its first word names: a recipe whose values can be set, the sweep of a recipe as it is on the
-    disk, a file with a table, or a model (a run's folder, a sweep with a depth, or a checkpoint)."""
+    disk, finished runs (a sweep's or one), a file with a table, or a model (a run's folder, a sweep with a
+    depth, or a checkpoint)."""
     further: tuple[str, ...] = ()
     """Words after the first; then both are given together."""
 
@@ -287,6 +323,8 @@ COMMANDS = {
     "report": Command(report, lambda: ReportOptions, "sweep"),
     "sample": Command(sample, lambda: SampleRequest, "model"),
     "stages": Command(stages, lambda: StagesRequest, "model"),
+    "classifier": Command(classifier, lambda: ClassifierRequest, "recipe"),
+    "fidelity": Command(fidelity, lambda: FidelityRequest, "runs"),
     "edit": Command(edit, lambda: EditRequest, "model", ("IMAGE",)),
     "evaluate": Command(evaluate, lambda: EvaluateRequest, "model"),
     "convert": Command(convert, lambda: ConvertRequest, "model"),
@@ -336,6 +374,7 @@ def dispatch(arguments: list[str]) -> int:
         wanted = {
             "table": "a table: a file with one row per run or evaluation",
             "model": "a model: a run's folder, a recipe or sweep with --depth, or a checkpoint",
+            "runs": "a recipe, a sweep's folder or a run's",
         }
         recipes = "a recipe: a file, or quickstart, cifar10, cifar10-cpu, families-cpu or imagenet256"
         raise ConfigError(f"'{name}' needs {wanted.get(command.takes, recipes)}")
@@ -351,7 +390,7 @@ def dispatch(arguments: list[str]) -> int:
     mine = {o.path for o in own}
     chosen = _nested({path: value for path, value in values.items() if path in mine})
     options: Any = from_dict(command.options(), chosen, lambda path: flag_of(path) if path else here(path))
-    if command.takes in ("table", "model"):
+    if command.takes in ("runs", "table", "model"):
         return command.do(tuple(words) if command.further else first, options)
     recipe = load_recipe(first, {path: value for path, value in values.items() if path not in mine})
     return command.do(recipe, options)
@@ -360,7 +399,7 @@ def dispatch(arguments: list[str]) -> int:
 def _help(name: str, command: Command, first: str | None) -> str:
     """A command's own options first; the recipe's values where it takes them and a recipe is named."""
     own = options_of(command.options())
-    word = {"table": "TABLE", "model": "WHERE"}.get(command.takes, "RECIPE")
+    word = {"table": "TABLE", "model": "WHERE", "runs": "WHERE"}.get(command.takes, "RECIPE")
     text = f"{SCRIPT} {name} {' '.join([first or word, *command.further])} [--key value ...]\n\n"
     text += f"{name} - {command.do.__doc__}\n{help_text(own, command.options()())}"
     if command.takes == "sweep":
@@ -391,19 +430,6 @@ def _nested(values: dict[tuple[str, ...], Any]) -> dict[str, Any]:
     return result
 
 
-@contextlib.contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on standard error while something is counted, if that is a terminal."""
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
-
-    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
 def _refuse_recipe_values(name: str, arguments: Sequence[str], own: Sequence[Option]) -> None:
     known = {option.flag for option in own}
     recipe = {option.flag for option in options_of(Recipe)}
@@ -414,34 +440,6 @@ def _refuse_recipe_values(name: str, arguments: Sequence[str], own: Sequence[Opt
                 f"{flag} is a value of the recipe, which '{name}' does not use: it reads the sweep as it is "
                 f"on the disk; its own options: {' '.join(sorted(known))}"
             )
-
-
-def _model(where: str, choice: ModelChoice) -> tuple[str, str | None]:
-    """What ``open_model`` takes, model and tokenizer: WHERE itself, or a run of the sweep that it names.
-
-    Raises:
-        ConfigError, RecordsError: a sweep without ``--depth``, or without such a finished run.
-    """
-    sweep = _sweep_folder(where, choice.root, choice.name)
-    if sweep is None:
-        return where, choice.tokenizer
-    if choice.depth is None:
-        raise ConfigError(f"{where} is a sweep: --depth says which of its runs")
-
-    from sweeps.commands import finished_run
-
-    folder, tokenizer = finished_run(sweep, choice.depth, choice.family)
-    return str(folder.path), choice.tokenizer or str(tokenizer)
-
-
-def _sweep_folder(where: str, root: str, name: str | None) -> Path | None:
-    """The folder of a sweep, given itself, by its name under the root or by its recipe; else None."""
-    for folder in (Path(where), Path(root) / where):
-        if (folder / "sweep.json").exists():
-            return folder
-    if Path(where).suffix not in (".yaml", ".yml") and not (SHIPPED / f"{where}.yaml").exists():
-        return None
-    return Path(root) / (load_recipe(where).name if name is None else name)
 
 
 def _sweep(recipe: Recipe, options: SweepOptions) -> Path:

@@ -13,12 +13,14 @@ import importlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from scaling.config import ConfigError, require
+from scaling.fidelity import classifier as trained
 
 Sample = Callable[[Sequence[int], Sequence[int]], Tensor]
 """From classes and seeds to images (B, 3, H, W) in [−1, 1]."""
@@ -125,11 +127,15 @@ def candidates_for(wanted: int, share: float) -> int:
 
 
 def load_classifier(name: str, device: str | torch.device) -> Classifier:
-    """The classifier that ``MODULE:FUNCTION`` makes, on a device if it is a module.
+    """A classifier that the command ``classifier`` trained, by its folder, or what ``MODULE:FUNCTION`` makes,
+    on a device if it is a module.
 
     Raises:
         ConfigError: no such function, or what it returns has no ``probabilities``.
+        RecordsError: a folder without a classifier.
     """
+    if ":" not in name:
+        return trained.load_classifier(Path(name))[0].to(device)
     module, _, function = name.partition(":")
     try:
         factory = getattr(importlib.import_module(module), function)

@@ -1,13 +1,15 @@
-"""What the command line asks of a model: the options of each command that opens one. No torch."""
+"""What the command line asks of models and images: the options of each command that opens some, and what is
+handed on to the jobs that it starts. No torch."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from scaling.config import ConfigError, Device, Precision, SamplingConfig, require
+from scaling.config import ConfigError, DataConfig, Device, Precision, SamplingConfig, content_hash, require
 
 Task = Literal["inpaint", "outpaint", "class", "refine", "expand"]
 PAINTED: tuple[Task, ...] = ("inpaint", "outpaint", "class")
@@ -75,6 +77,7 @@ class EvaluateRequest(ModelChoice):
     precision: Precision | None = None
     """By default the run's, and fp32 for published checkpoints."""
     device: Device = "auto"
+    """auto is a GPU where there is one."""
     threads: int | None = None
     """CPU threads; by default the run's, else all cores."""
     json: bool = False
@@ -145,10 +148,7 @@ class EditRequest(ModelChoice):
     def __post_init__(self) -> None:
         require(self.count >= 1, f"--count must be at least 1, got {self.count}")
         require(self.batch >= 1, f"--batch must be at least 1, got {self.batch}")
-        require(self.seed >= 0, f"--seed must not be negative, got {self.seed}")
-        require(self.cfg >= 0, f"--cfg must not be negative, got {self.cfg:g}")
-        require(self.top_k >= 0, f"--top-k must not be negative, got {self.top_k}")
-        require(0 <= self.top_p <= 1, f"--top-p must be 0 to 1, got {self.top_p:g}")
+        _check_drawing(self)
         require(
             self.feather is None or self.feather >= 0, f"--feather must not be negative, got {self.feather}"
         )
@@ -212,15 +212,13 @@ class DrawChoice:
     batch: int = 16
     """Pictures drawn at once; it does not change them."""
     device: Device = "auto"
+    """auto is a GPU where there is one."""
     out: str | None = None
     """Where to write; by default a name with the settings beside the model's own files, or here."""
 
     def __post_init__(self) -> None:
         require(self.batch >= 1, f"--batch must be at least 1, got {self.batch}")
-        require(self.seed >= 0, f"--seed must not be negative, got {self.seed}")
-        require(self.cfg >= 0, f"--cfg must not be negative, got {self.cfg:g}")
-        require(self.top_k >= 0, f"--top-k must not be negative, got {self.top_k}")
-        require(0 <= self.top_p <= 1, f"--top-p must be 0 to 1, got {self.top_p:g}")
+        _check_drawing(self)
         require(self.classes is None or len(self.classes) > 0, "--classes needs at least one class")
 
     def sampling(self, images: int) -> SamplingConfig:
@@ -253,8 +251,8 @@ class SampleRequest(DrawChoice, ModelChoice):
     """Steps, as sides (1 2 3 5 8) or height x width (1x1 2x3 4x6); others than the model's own are for
     flexvar and flexvar-mamba."""
     classifier: str | None = None
-    """MODULE:FUNCTION; what FUNCTION() returns judges pictures by ``probabilities(images)``, and only the
-    best of each class are kept."""
+    """Judges pictures, and only the best of each class are kept: the folder of one that 'classifier' trained,
+    or MODULE:FUNCTION, whose result has ``probabilities(images)``."""
     keep: float | None = None
     """Share of the drawn pictures that the classifier keeps: with 0.05 twenty are drawn for each."""
 
@@ -263,10 +261,6 @@ class SampleRequest(DrawChoice, ModelChoice):
         require(self.count >= 1, f"--count must be at least 1, got {self.count}")
         require((self.classifier is None) == (self.keep is None), "--classifier and --keep go together")
         require(self.keep is None or 0 < self.keep <= 1, f"--keep is a share, 0 to 1, got {self.keep}")
-        require(
-            self.classifier is None or self.classifier.count(":") == 1,
-            f"--classifier takes MODULE:FUNCTION, got '{self.classifier}'",
-        )
         _ = self.sizes
 
     @property
@@ -306,3 +300,160 @@ class StagesRequest(DrawChoice):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.first >= 0, f"--first must not be negative, got {self.first}")
+
+
+@dataclass(frozen=True)
+class FidelityRequest:
+    """Options of ``fidelity``."""
+
+    extractor: str | None = None
+    """Needed. What looks at the pictures: inception, inception-adm, classifier, or MODULE:FUNCTION of your
+    own."""
+    weights: str | None = None
+    """Its weights: a file or hf://OWNER/NAME/FILE; of a classifier its folder, which is found by itself where
+    'classifier' has trained one of the same images."""
+    images: int = 50_000
+    """Pictures to draw of each run; FID depends on their number."""
+    reference: str = "train"
+    """What they are held against: the run's train or val images, or an .npz file."""
+    reference_images: int | None = None
+    """So many of the train or val images, a fixed random choice; by default all."""
+    data_path: str | None = None
+    """Where the runs' images lie now, if elsewhere."""
+    manifold: int = 10_000
+    """Precision and recall are of at most so many pictures and images."""
+    cfg: float = 1.5
+    """Classifier-free guidance."""
+    guidance_form: Literal["ramp", "constant"] = "ramp"
+    """Guidance rises over the steps (VAR), or is the same at all (LlamaGen, whose cfg is 1 more)."""
+    top_k: int = 0
+    """Draw from the k most likely tokens only; 0 from all."""
+    top_p: float = 0.0
+    """Draw from the most likely tokens with this probability together; 0 from all."""
+    seed: int = 0
+    """Of the first picture; each further one has the next."""
+    batch: int = 32
+    """Pictures at once; it changes the numbers by rounding."""
+    depth: int | None = None
+    """Of a sweep, only the runs of this depth."""
+    family: str | None = None
+    """Of a sweep, only the runs of this family."""
+    tokenizer: str | None = None
+    """Of a single run: its tokenizer, if that is not where the run's sweep has it."""
+    root: str = "runs"
+    """The folder of all sweeps, where WHERE is a recipe."""
+    name: str | None = None
+    """The sweep's folder under the root; by default the recipe's name."""
+    processes: int = 1
+    """Processes (GPUs) that share the pictures."""
+    device: Device = "auto"
+    """auto: a GPU where there is one."""
+    threads: int | None = None
+    """CPU threads per process; by default the cores are divided."""
+
+    def __post_init__(self) -> None:
+        for name in ("images", "reference_images", "manifold", "batch", "processes", "threads"):
+            value = getattr(self, name)
+            flag = "--" + name.replace("_", "-")
+            require(value is None or value >= 1, f"{flag} must be at least 1, got {value}")
+        require(
+            self.images >= self.processes,
+            f"--images must be at least one for each of the {self.processes} processes, got {self.images}",
+        )
+        require(
+            self.reference_images is None or self.reference in ("train", "val"),
+            f"--reference-images is for --reference train or val, not for a file ({self.reference})",
+        )
+        _check_drawing(self)
+
+    @property
+    def chosen(self) -> str:
+        """The extractor.
+
+        Raises:
+            ConfigError: none was given.
+        """
+        if self.extractor is None:
+            raise ConfigError(
+                "fidelity needs --extractor: inception, inception-adm, classifier or MODULE:FUNCTION"
+            )
+        return self.extractor
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        """How pictures are drawn."""
+        return SamplingConfig(self.images, self.cfg, self.guidance_form, self.top_k, self.top_p, self.seed)
+
+
+@dataclass(frozen=True)
+class FidelityJob:
+    """What the job of ``fidelity`` reads."""
+
+    request: FidelityRequest
+    runs: tuple[str, ...]
+    """Folders of finished runs."""
+
+
+@dataclass(frozen=True)
+class ClassifierTraining:
+    """How the classifier of a study's images is trained."""
+
+    width: int = 24
+    """Channels at full resolution; twice as many at each half."""
+    steps: int = 2000
+    batch: int = 128
+    lr: float = 3e-3
+    weight_decay: float = 0.05
+    flip: bool = True
+    """Show images mirrored half of the time; false for digits and writing."""
+    images: int | None = None
+    """Train on so many of the training images, a fixed random choice, where all of them do not fit into
+    memory."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("width", "steps", "batch", "lr", "images"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"--{name} must be positive, got {value}")
+        require(self.weight_decay >= 0, f"--weight-decay must not be negative, got {self.weight_decay}")
+        require(self.seed >= 0, f"--seed must not be negative, got {self.seed}")
+
+
+@dataclass(frozen=True)
+class ClassifierRequest(ClassifierTraining):
+    """Options of ``classifier``."""
+
+    root: str = "runs"
+    """The folder of all sweeps, tokenizers, token caches and classifiers."""
+
+    @property
+    def training(self) -> ClassifierTraining:
+        """The part that decides the weights."""
+        fields = dataclasses.fields(ClassifierTraining)
+        return ClassifierTraining(**{field.name: getattr(self, field.name) for field in fields})
+
+
+def same_images(data: DataConfig) -> DataConfig:
+    """``data`` with what is about tokens, not images, at its default: equal but for that, they are one."""
+    return dataclasses.replace(data, views=1, flip=False)
+
+
+@dataclass(frozen=True)
+class ClassifierRun:
+    """Everything that decides a classifier's weights; its hash names the classifier's folder."""
+
+    data: DataConfig
+    """``same_images`` of a recipe's, with all counts known."""
+    training: ClassifierTraining
+
+    @property
+    def run_id(self) -> str:
+        """Folder name: ``cls-<resolution>px-<hash>``."""
+        return f"cls-{self.data.resolution}px-{content_hash(self)[:10]}"
+
+
+def _check_drawing(request: EditRequest | DrawChoice | FidelityRequest) -> None:
+    require(request.seed >= 0, f"--seed must not be negative, got {request.seed}")
+    require(request.cfg >= 0, f"--cfg must not be negative, got {request.cfg:g}")
+    require(request.top_k >= 0, f"--top-k must not be negative, got {request.top_k}")
+    require(0 <= request.top_p <= 1, f"--top-p must be 0 to 1, got {request.top_p:g}")

@@ -1,4 +1,4 @@
-"""What ``plan``, ``run``, ``tokenize``, ``status`` and ``sample`` do, apart from parsing the command line.
+"""What ``plan``, ``run``, ``tokenize`` and ``status`` do, apart from parsing the command line.
 
 The data is resolved by a function that the caller brings, because a sweep starts training as processes and
 imports none of it.
@@ -18,7 +18,7 @@ from typing import Any
 from rich.console import Console
 
 from scaling.config import ConfigError, DataConfig, RunConfig
-from scaling.records import ListedRun, RecordsError, RunFolder
+from scaling.records import RecordsError, RunFolder
 from sweeps import calibration, slurm
 from sweeps.jobs import Job
 from sweeps.machine import Machine, this_machine
@@ -29,7 +29,7 @@ from sweeps.recipe import Recipe
 from sweeps.scheduler import JobState, Phase, Result, Scheduler
 from sweeps.slurm_options import SlurmOptions
 from sweeps.slurm_queue import Seen, standing
-from sweeps.tables import plan_notes, plan_table, size, started_sweep, status_table, sweep_folders
+from sweeps.tables import plan_notes, plan_table, size, status_table, sweep_folders
 
 Resolve = Callable[[DataConfig], DataConfig]
 CheckData = Callable[[DataConfig], str]
@@ -111,7 +111,7 @@ def launch(made: Plan, jobs: Sequence[Job], check_data: CheckData) -> Result:
         return Result(tuple(scheduler.states), interrupted=False)
     with display:
         result = _lead(made, scheduler, out)
-    _tell(result, out)
+    tell(result, out)
     _tell_unreadable(made, out)
     return result
 
@@ -289,61 +289,6 @@ def cancel(sweep: Path) -> int:
     return 0
 
 
-def finished_run(sweep: Path, depth: int, family: str | None = None) -> tuple[RunFolder, Path]:
-    """The first finished run of a depth and the folder of its tokenizer's run.
-
-    Args:
-        family: needed where the sweep has several.
-
-    Raises:
-        ConfigError: no family was given and the sweep has several, or it has not the one given.
-        RecordsError: the sweep has no finished run of that depth and family.
-    """
-    listed = started_sweep(sweep)
-    several = len({run.family for run in listed}) > 1
-    of_family = _of_family(sweep, listed, family)
-    depths = set()
-    for run in of_family:
-        folder = RunFolder(sweep / run.run)
-        if folder.status()["state"] == "done":
-            found = folder.config()["model"]["depth"]
-            depths.add(found)
-            if found == depth:
-                return folder, (sweep / run.tokenizer).resolve()
-    known = ", ".join(map(str, sorted(depths))) or "none yet"
-    of = f" of {family}" if several else ""
-    raise RecordsError(f"{sweep}: no finished run{of} of depth {depth}; finished depths: {known}")
-
-
-def runs_by_depth(sweep: Path, family: str | None, depths: Sequence[int] | None) -> list[ListedRun]:
-    """A family's runs, smallest first, one of each depth.
-
-    Args:
-        family: needed where the sweep has several.
-        depths: which; None for all.
-
-    Raises:
-        ConfigError: as ``finished_run``, and a depth that the sweep does not have.
-    """
-    found: dict[int, ListedRun] = {}
-    for run in _of_family(sweep, started_sweep(sweep), family):
-        found.setdefault(RunFolder(sweep / run.run).config()["model"]["depth"], run)
-    for depth in depths or ():
-        if depth not in found:
-            known = ", ".join(map(str, sorted(found)))
-            raise ConfigError(f"--depths: {sweep} has no depth {depth}; it has {known}")
-    return [found[depth] for depth in sorted(depths or found)]
-
-
-def _of_family(sweep: Path, listed: Sequence[ListedRun], family: str | None) -> list[ListedRun]:
-    families = list(dict.fromkeys(run.family for run in listed))
-    if family is None and len(families) > 1:
-        raise ConfigError(f"--family is needed too: {sweep} has {', '.join(families)}")
-    if family is not None and family not in families:
-        raise ConfigError(f"--family: {sweep} has no {family}; it has {', '.join(families)}")
-    return [run for run in listed if run.family == (family or families[0])]
-
-
 def _calibrate(made: Plan, state: JobState, out: Console) -> None:
     """Remember the speed of a job that ran from start to end in one go."""
     job, launch_config, machine = state.job, made.recipe.launch, made.machine
@@ -356,7 +301,7 @@ def _calibrate(made: Plan, state: JobState, out: Console) -> None:
                 job.folder, job.config, machine, made.allotment, launch_config, state.seconds
             )
         else:
-            assert job.kind != "run"
+            assert job.kind in ("tokenizer", "tokens")
             threads = stage_threads(launch_config, machine)
             speed = calibration.measure_images(
                 job.kind, job.folder, stage_of(job), machine, threads, launch_config, state.seconds
@@ -419,7 +364,7 @@ def _warnings(made: Plan) -> list[str]:
     return found
 
 
-def _tell(result: Result, out: Console) -> None:
+def tell(result: Result, out: Console) -> None:
     """What did not work, why, and where to read more; what to do next."""
     if result.interrupted:
         _say(out, "stopped; the same command goes on from the last checkpoints")

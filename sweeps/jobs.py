@@ -1,7 +1,8 @@
 """Jobs: what a sweep starts as processes, and the folders that they work in.
 
-- Three kinds: tokenizers, their token caches, runs. Each reads ``config.json`` and ``launch.json`` of its
-  folder, so a command line holds paths only. A run needs its own tokens, and no other tokenizer's.
+- A sweep has three kinds: tokenizers, their token caches, runs. Measuring pictures and training a classifier
+  are jobs by themselves (``sweeps.fidelity``). Each reads ``config.json`` and ``launch.json`` of its folder,
+  so a command line holds paths only. A run needs its own tokens, and no other tokenizer's.
 - One process per run is started plainly; several through ``accelerate launch --multi_gpu``, which is also
   what starts several on a machine without GPUs (``--cpu --num_processes 2`` silently runs one). Port 0
   lets two such runs live on one machine.
@@ -40,13 +41,17 @@ PRODUCTS = {
     "tokenizer": "tokenizer/tokenizer.json",
     "tokens": "manifest.json",
     "run": "final/weights.safetensors",
+    "fidelity": "measured.json",
+    "classifier": "classifier.json",
 }
 MODULES = {
     "tokenizer": "scaling.tokenizer.training",
     "tokens": "scaling.data.encode",
     "run": "scaling.trainer",
+    "fidelity": "scaling.fidelity.job",
+    "classifier": "scaling.fidelity.train_classifier",
 }
-Kind = Literal["tokenizer", "tokens", "run"]
+Kind = Literal["tokenizer", "tokens", "run", "fidelity", "classifier"]
 
 
 @dataclass(frozen=True)
@@ -225,8 +230,8 @@ def _started_by(pid: int) -> list[int]:
     return found
 
 
-def prepare(folder: RunFolder, config: RunConfig | TokenizerRunConfig) -> None:
-    """Make a job's folder, or check that it is of the same config.
+def prepare(folder: RunFolder, config: Any) -> None:
+    """Make a job's folder, or check that it is of the same config, a dataclass.
 
     Data that was moved keeps its identity: then only its path in ``config.json`` is brought up to date.
 

@@ -7,13 +7,16 @@ or from the machine's calibration.
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
+import rich.progress
 from rich.console import Console
 from rich.live import Live
+from rich.progress import MofNCompleteColumn, TimeRemainingColumn
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
@@ -145,10 +148,20 @@ class Progress:
         return events
 
 
+@contextlib.contextmanager
+def counted(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on standard error while something is counted, called with the number done and of how many."""
+    columns = (*rich.progress.Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
+    with rich.progress.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
 def line(rows: Sequence[Row], left: float | None) -> str:
     """The sweep in one line."""
     runs = [r for r in rows if r.kind == "run"]
-    parts = [f"{time.strftime('%H:%M:%S')}  {sum(r.phase == 'done' for r in runs)}/{len(runs)} runs done"]
+    done = f"{sum(r.phase == 'done' for r in runs)}/{len(runs)} runs done"
+    parts = [f"{time.strftime('%H:%M:%S')}  {done}"] if runs else [time.strftime("%H:%M:%S")]
     for row in rows:
         if row.phase not in ("running", "elsewhere"):
             continue

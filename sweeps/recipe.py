@@ -41,7 +41,7 @@ from scaling.config import (
 from sweeps.source import Keys, Source, read_source
 
 SHIPPED = Path(__file__).parent
-RESERVED = ("tokenizers", "tokens")
+RESERVED = ("tokenizers", "tokens", "classifiers")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ Design choices
   and only as good as the classifier, so its accuracy is part of its identity.
 - Group norms: an image's features depend on that image alone, in training too.
 - Halved until 8 pixels or less are left on a side, at twice the channels each time, up to eight times the
-  first.
+  first. At full resolution there is one convolution and no block: half the cost, and as good (docs/LOG.md).
 - It judges samples as well: ``probabilities`` is what rejection sampling takes the best of.
 
 Shapes: B images, C channels, D features, V classes.
@@ -22,9 +22,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from scaling.config import ConfigError, from_dict, require, to_dict
+from scaling.config import ConfigError, DataConfig, from_dict, identity, require, to_dict
 from scaling.fidelity.weights import digest
 from scaling.records import RecordsError, read_json, write_json
+from scaling.requests import same_images
 
 FORMAT = "varscale-classifier-1"
 SMALLEST, WIDEST, GROUPS = 8, 8, 8
@@ -39,7 +40,7 @@ class ClassifierConfig:
     width: int = 32
     """Channels at full resolution."""
     blocks: int = 1
-    """Residual blocks at each resolution."""
+    """Residual blocks at each resolution but the full one."""
 
     def __post_init__(self) -> None:
         require(
@@ -84,7 +85,7 @@ class Classifier(nn.Module):
         self.stem = nn.Conv2d(3, channels[0], 3, padding=1, bias=False)
         blocks: list[nn.Module] = []
         for stage, width in enumerate(channels):
-            for block in range(config.blocks):
+            for block in range(config.blocks if stage > 0 or len(channels) == 1 else 0):
                 first = block == 0 and stage > 0
                 inputs = channels[stage - 1] if first else width
                 blocks.append(_Block(inputs, width, stride=2 if first else 1))
@@ -159,3 +160,27 @@ def load_classifier(folder: Path) -> tuple[Classifier, str]:
         raise RecordsError(f"{folder}: classifier.json and weights.safetensors do not belong together")
     accuracy = float(description["facts"]["val_accuracy"])
     return classifier.eval().requires_grad_(False), f"classifier:{found[:12]}@{accuracy:.3f}"
+
+
+def find_classifier(root: Path, data: DataConfig) -> Path:
+    """The folder of the classifier in ``root`` that was trained on the images of ``data``.
+
+    Raises:
+        ConfigError: there is none, or there are several.
+    """
+    wanted = identity(same_images(data))
+    found = []
+    for file in sorted(root.glob("*/classifier.json")):
+        if read_json(file).get("facts", {}).get("data") == wanted:
+            found.append(file.parent)
+    if not found:
+        raise ConfigError(
+            f"extractor classifier: {root} has none of these images; 'run_sweep.py classifier RECIPE' trains "
+            "one, --weights FOLDER names one"
+        )
+    if len(found) > 1:
+        raise ConfigError(
+            f"extractor classifier: {root} has several of these images, {', '.join(f.name for f in found)}; "
+            "--weights FOLDER says which"
+        )
+    return found[0]

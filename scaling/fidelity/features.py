@@ -97,8 +97,7 @@ def load_extractor(name: str, weights: str | None, device: torch.device) -> Name
     if name == "classifier":
         if weights is None:
             raise ConfigError(
-                "extractor classifier needs --weights FOLDER; "
-                "python -m scaling.fidelity.train_classifier makes one"
+                "extractor classifier needs --weights FOLDER; 'run_sweep.py classifier RECIPE' makes one"
             )
         classifier, identity = load_classifier(Path(weights))
         return NamedExtractor(classifier.to(device), identity, device)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import uuid
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,9 +48,10 @@ def make_reference(
     batch: int = BATCH,
     keep: int = KEPT,
     share: Share = ALONE,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> Reference:
     """Statistics of the real images 0 to ``count`` − 1, by all processes; arguments as of ``collect``."""
-    found = collect(images, count, extractor, batch=batch, keep=keep, share=share)
+    found = collect(images, count, extractor, batch=batch, keep=keep, share=share, progress=progress)
     return Reference(identity, found.moments.gaussian(), found.features_ND, count)
 
 

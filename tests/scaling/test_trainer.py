@@ -193,9 +193,7 @@ sys.exit(run_job(trainer.main))
 """
 
 
-def test_the_wrapped_model_is_gone_before_the_process_group(
-    chain: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_the_wrapped_model_is_gone_before_the_process_group(chain: tuple[Path, Path], tmp_path: Path) -> None:
     """Else its end can wait for a thread of the group that waits for it."""
     launch = dataclasses.replace(tiny.LAUNCH, processes=2)
     folder = tiny.make_run(tmp_path / "run", tiny.run_config(steps=2), launch)

@@ -25,10 +25,10 @@ data: {source: photos, resolution: 16, train_images: 48, val_images: 16}
 tokenizer:
   {vocab: 32, latent_channels: 4, channels: 32, multipliers: [1, 1, 1], res_blocks: 1, scales: [1, 2, 4]}
 tokenizer_train: {steps: 6, batch: 8, warmup: 2, log_every: 2, eval_images: 8, revive_every: 2}
-train: {steps: 8, batch: 8, lr: 1.0e-3, precision: fp32}
+train: {steps: 3, batch: 8, lr: 1.0e-3, precision: fp32}
 model: {adaln: shared, mlp_ratio: 1}
 by_depth: [{depths: [1, 2], train: {steps: 600}}]
-evaluation: {points: 4}
+evaluation: {points: 2}
 launch: {device: cpu, threads: 1, checkpoint_seconds: 1.0, log_every: 4, sampling: {images: 0}}
 """
 LONG, TWO_NODES = (1, 2), 3
@@ -161,7 +161,7 @@ def test_nothing_is_queued_twice(held: Sweep, cluster: Cluster) -> None:
     assert sum(" 1 gres:gpu:1 1:00:00 " in job for job in before) == 7
     assert sum(" 2 gres:gpu:2 1:30:00 " in job for job in before) == 1
     ids = {name: found["slurm"]["id"] for name, found in held.status().items()}
-    assert [ids[f"var-d{depth}"].partition("_")[2] for depth in (6, 5, 1, 4, 3, 2)] == [*"012340"]
+    assert [ids[f"var-d{depth}"].partition("_")[2] for depth in (1, 6, 5, 4, 3, 2)] == [*"012340"]
     assert {found["state"] for found in held.status().values()} == {"queued"}
 
     assert "in Slurm's hands already" in held.queue(*asked)

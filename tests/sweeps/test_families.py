@@ -12,7 +12,7 @@ import pytest
 from scaling import flops
 from scaling.config import ConfigError, DataConfig, RunConfig
 from scaling.records import RecordsError, RunFolder, read_json, read_sweep
-from sweeps import calibration, commands
+from sweeps import calibration, commands, where
 from sweeps.calibration import ImageSpeed, RunSpeed
 from sweeps.jobs import Job
 from sweeps.options import options_of, parse
@@ -423,24 +423,26 @@ def test_a_finished_run_is_found_by_family_and_depth_with_its_own_tokenizer(tmp_
             finish(plan, len(plan.stage_jobs) + index)
     sweep = plan.folders.sweep
     for family in ("var", "raster"):
-        folder, tokenizer = commands.finished_run(sweep, 2, family)
+        folder, tokenizer = where.finished_run(sweep, 2, family)
         assert folder.name.startswith(f"{family}-d2-")
         assert tokenizer.name == by_kind(plan, "tokenizer")[family != "var"].folder.name
-    with pytest.raises(ConfigError, match=r"needs --family too: .* has var, flexvar, flexvar-mamba, raster"):
-        commands.finished_run(sweep, 2)
+    with pytest.raises(
+        ConfigError, match=r"--family is needed too: .* has var, flexvar, flexvar-mamba, raster"
+    ):
+        where.finished_run(sweep, 2)
     with pytest.raises(ConfigError, match="has no gpt; it has var"):
-        commands.finished_run(sweep, 2, "gpt")
+        where.finished_run(sweep, 2, "gpt")
     with pytest.raises(RecordsError, match="no finished run of var of depth 1; finished depths: 2"):
-        commands.finished_run(sweep, 1, "var")
+        where.finished_run(sweep, 1, "var")
 
 
 def test_of_one_family_the_depth_is_enough(tmp_path: Path) -> None:
     plan = planned(tmp_path, families=("raster",))
     plan.write()
     finish(plan, 2)
-    assert commands.finished_run(plan.folders.sweep, 1)[0].name.startswith("raster-d1-")
+    assert where.finished_run(plan.folders.sweep, 1)[0].name.startswith("raster-d1-")
     with pytest.raises(RecordsError, match="no finished run of depth 7; finished depths: 1"):
-        commands.finished_run(plan.folders.sweep, 7)
+        where.finished_run(plan.folders.sweep, 7)
 
 
 @pytest.mark.parametrize("value", ['{"runs": ["a"], "tokenizer": "t", "tokens": "t"}', "[]", "{"])
@@ -448,7 +450,7 @@ def test_a_damaged_list_of_runs_is_told_by_every_reader(tmp_path: Path, value: s
     sweep = tmp_path / "four"
     sweep.mkdir()
     (sweep / "sweep.json").write_text(value)
-    for read in (sweep_folders, status_table, lambda s: commands.finished_run(s, 1)):
+    for read in (sweep_folders, status_table, lambda s: where.finished_run(s, 1)):
         with pytest.raises(RecordsError, match=r"four/sweep\.json: "):
             read(sweep)
 

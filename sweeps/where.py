@@ -1,0 +1,156 @@
+"""Where the sweeps and runs lie that a command line names: a recipe's name, a sweep's folder or a run's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from scaling.config import ConfigError
+from scaling.records import IMPORTED, ListedRun, RecordsError, RunFolder
+from sweeps.recipe import SHIPPED, load_recipe
+from sweeps.tables import started_sweep
+
+if TYPE_CHECKING:
+    from scaling.requests import FidelityRequest, ModelChoice
+
+
+def sweep_at(where: str, root: str, name: str | None) -> Path | None:
+    """The folder of a sweep, given itself, by its name under the root or by its recipe; else None.
+
+    Args:
+        root: the folder of all sweeps.
+        name: of a recipe, the sweep's folder under the root; the recipe's own name when None.
+    """
+    for folder in (Path(where), Path(root) / where):
+        if (folder / "sweep.json").exists():
+            return folder
+    if Path(where).suffix not in (".yaml", ".yml") and not (SHIPPED / f"{where}.yaml").exists():
+        return None
+    return Path(root) / (load_recipe(where).name if name is None else name)
+
+
+def finished_run(sweep: Path, depth: int, family: str | None = None) -> tuple[RunFolder, Path]:
+    """The first finished run of a depth and the folder of its tokenizer's run.
+
+    Args:
+        family: needed where the sweep has several.
+
+    Raises:
+        ConfigError: no family was given and the sweep has several, or it has not the one given.
+        RecordsError: the sweep has no finished run of that depth and family.
+    """
+    listed = started_sweep(sweep)
+    several = len({run.family for run in listed}) > 1
+    of_family = _of_family(sweep, listed, family)
+    depths = set()
+    for run in of_family:
+        folder = RunFolder(sweep / run.run)
+        if folder.status()["state"] == "done":
+            found = folder.config()["model"]["depth"]
+            depths.add(found)
+            if found == depth:
+                return folder, (sweep / run.tokenizer).resolve()
+    known = ", ".join(map(str, sorted(depths))) or "none yet"
+    of = f" of {family}" if several else ""
+    raise RecordsError(f"{sweep}: no finished run{of} of depth {depth}; finished depths: {known}")
+
+
+def runs_by_depth(sweep: Path, family: str | None, depths: Sequence[int] | None) -> list[ListedRun]:
+    """A family's runs, smallest first, one of each depth.
+
+    Args:
+        family: needed where the sweep has several.
+        depths: which; None for all.
+
+    Raises:
+        ConfigError: as ``finished_run``, and a depth that the sweep does not have.
+    """
+    found: dict[int, ListedRun] = {}
+    for run in _of_family(sweep, started_sweep(sweep), family):
+        found.setdefault(RunFolder(sweep / run.run).config()["model"]["depth"], run)
+    for depth in depths or ():
+        if depth not in found:
+            known = ", ".join(map(str, sorted(found)))
+            raise ConfigError(f"--depths: {sweep} has no depth {depth}; it has {known}")
+    return [found[depth] for depth in sorted(depths or found)]
+
+
+def _of_family(sweep: Path, listed: Sequence[ListedRun], family: str | None) -> list[ListedRun]:
+    families = list(dict.fromkeys(run.family for run in listed))
+    if family is None and len(families) > 1:
+        raise ConfigError(f"--family is needed too: {sweep} has {', '.join(families)}")
+    if family is not None and family not in families:
+        raise ConfigError(f"--family: {sweep} has no {family}; it has {', '.join(families)}")
+    return [run for run in listed if run.family == (family or families[0])]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Finished runs of one sweep, and what was left out."""
+
+    sweep: Path
+    runs: tuple[RunFolder, ...]
+    unfinished: int = 0
+    imported: int = 0
+    """Published checkpoints among the sweep's runs: no runs of its recipe, named one by one."""
+
+
+def finished_runs(sweep: Path, depth: int | None, family: str | None) -> Selection:
+    """All finished runs of a sweep, or those of a depth or a family.
+
+    Raises:
+        ConfigError: the sweep has no such family.
+        RecordsError: no such sweep, or no such run is finished.
+    """
+    listed = started_sweep(sweep)
+    if family is not None:
+        listed = tuple(_of_family(sweep, listed, family))
+    wanted = [RunFolder(sweep / run.run) for run in listed]
+    wanted = [run for run in wanted if depth in (None, run.config()["model"]["depth"])]
+    done = tuple(run for run in wanted if run.status()["state"] == "done")
+    if not done:
+        asked = [f"of {family}"] * (family is not None) + [f"of depth {depth}"] * (depth is not None)
+        raise RecordsError(f"{sweep}: {' '.join(['no run', *asked])} is finished yet")
+    everything = depth is None and family is None
+    imported = len(list(sweep.glob(f"{IMPORTED}*/config.json"))) if everything else 0
+    return Selection(sweep, done, len(wanted) - len(done), imported)
+
+
+def selected(where: str, request: FidelityRequest) -> Selection:
+    """The finished runs that ``where`` names: of a sweep those asked for, of a run's folder that run.
+
+    Raises:
+        ConfigError: neither a sweep nor a run; a depth or a family of a single run, a tokenizer of a sweep.
+        RecordsError: as ``finished_runs``; the run is not finished.
+    """
+    sweep = sweep_at(where, request.root, request.name)
+    if sweep is not None:
+        if request.tokenizer is not None:
+            raise ConfigError("--tokenizer is for a single run; the runs of a sweep have their own")
+        return finished_runs(sweep, request.depth, request.family)
+    run = RunFolder(where)
+    if not (run.path / "config.json").exists():
+        raise ConfigError(f"{where}: neither a recipe, nor a sweep's folder, nor a run's")
+    if request.depth is not None or request.family is not None:
+        raise ConfigError(f"{where} is a single run; --depth and --family choose among the runs of a sweep")
+    state = run.status()["state"]
+    if state != "done":
+        raise RecordsError(f"{where} is not finished (state: {state})")
+    return Selection(run.path.absolute().parent, (run,))
+
+
+def model_at(where: str, choice: ModelChoice) -> tuple[str, str | None]:
+    """What ``open_model`` takes, model and tokenizer: ``where`` itself, or a run of the sweep that it names.
+
+    Raises:
+        ConfigError, RecordsError: a sweep without ``--depth``, or without such a finished run.
+    """
+    sweep = sweep_at(where, choice.root, choice.name)
+    if sweep is None:
+        return where, choice.tokenizer
+    if choice.depth is None:
+        raise ConfigError(f"{where} is a sweep: --depth says which of its runs")
+    folder, tokenizer = finished_run(sweep, choice.depth, choice.family)
+    return str(folder.path), choice.tokenizer or str(tokenizer)
