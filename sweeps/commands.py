@@ -260,7 +260,7 @@ def _wait(made: Plan, states: list[JobState], out: Console) -> Result:
         _say(out, "no longer watching; the jobs stay in Slurm's hands ('cancel' ends them)")
         return Result(tuple(states), interrupted=True)
     result = Result(tuple(states), interrupted=False)
-    _tell(result, out)
+    tell(result, out)
     _tell_unreadable(made, out)
     return result
 

@@ -20,7 +20,13 @@ dpkg -s $PACKAGES >/dev/null 2>&1 || {
     apt-get install -y -qq --no-install-recommends $PACKAGES; } >&2 || impossible "apt-get cannot install $PACKAGES"
 }
 [ "$BASE" != packages ] || exit 0
-wait_for() { for _ in $(seq 150); do "$@" >/dev/null 2>&1 && return; sleep .1; done; echo "timed out: $*" >&2; return 1; }
+wait_for() {
+  local end=$((SECONDS + 30))
+  until "$@" >/dev/null 2>&1; do
+    [ $SECONDS -lt $end ] || { echo "timed out: $*" >&2; return 1; }
+    sleep .1
+  done
+}
 
 mkdir -p "$BASE"/{state,log,run,munge}
 BASE=$(cd "$BASE" && pwd)
@@ -72,5 +78,5 @@ PartitionName=urgent Nodes=n[1-$NODES] State=UP PriorityTier=10 PreemptMode=OFF
 CONF
 slurmctld -c
 for i in $(seq "$NODES"); do mkdir -p "$BASE/spool.n$i"; slurmd -c -N "n$i"; done
-all_idle() { [ "$(sinfo -h -N -p main -t idle -o %N | wc -l)" = "$NODES" ]; }
+all_idle() { [ "$(timeout 10 sinfo -h -N -p main -t idle -o %N | wc -l)" = "$NODES" ]; }
 wait_for all_idle || { tail -n 5 "$BASE"/log/*.log >&2; exit 1; }
