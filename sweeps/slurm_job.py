@@ -81,6 +81,11 @@ class Entry:
         return finished and (self.folder.path / self.job["product"]).exists()
 
 
+def own_id() -> str:
+    """This element's, which is never taken for the whole array's: SLURM_JOB_ID of one of them is."""
+    return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+
+
 def lead(entry: Entry) -> int:
     """Run the job until it has ended, for now or for good; the exit code."""
     asked: list[int] = []
@@ -139,7 +144,7 @@ def _again(entry: Entry, before: dict[str, Any], why: str) -> int:
         return FAILED
     write_json(note, {"fruitless": fruitless})
     print(f"{entry.job['name']}: {why}; queued again", flush=True)
-    asked = _run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]])
+    asked = _run(["scontrol", "requeue", own_id()])
     if asked.returncode != 0:
         print(f"{entry.job['name']}: Slurm does not queue it again: {words(asked.stderr)}", flush=True)
         return INTERRUPTED
@@ -149,7 +154,7 @@ def _again(entry: Entry, before: dict[str, Any], why: str) -> int:
 
 def _running() -> bool:
     """Whether Slurm has not begun to end this job."""
-    shown = _run(["scontrol", "show", "job", "-o", os.environ["SLURM_JOB_ID"]])
+    shown = _run(["scontrol", "show", "job", "-o", own_id()])
     return " JobState=RUNNING " in shown.stdout
 
 
@@ -177,7 +182,7 @@ def _srun(entry: Entry, arguments: list[str]) -> int:
         left = seconds_left(_squeue("%L"))
         pause = MOST_PAUSE_SECONDS if told or left is None else left - entry.leave_seconds
         if pause <= 0 and _step_is_there():  # else its tasks would not hear it
-            _run(["scancel", "--signal=TERM", os.environ["SLURM_JOB_ID"]])  # not to this process
+            _run(["scancel", "--signal=TERM", own_id()])  # not to this process
             told = True
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(min(max(pause, LEAST_PAUSE_SECONDS), MOST_PAUSE_SECONDS))
@@ -191,16 +196,14 @@ def _step_is_there() -> bool:
 
 def _squeue(shape: str, *more: str) -> str:
     """About this job."""
-    return _run(
-        ["squeue", "--noheader", f"--format={shape}", f"--jobs={os.environ['SLURM_JOB_ID']}", *more]
-    ).stdout
+    return _run(["squeue", "--noheader", f"--format={shape}", f"--jobs={own_id()}", *more]).stdout
 
 
 def seconds_left(shown: str) -> float | None:
     """What squeue's ``%L`` says, [days-][[hours:]minutes:]seconds; None without a limit, or an answer."""
     days, _, clock = shown.strip().rpartition("-")
     parts = clock.split(":")
-    if not all(part.isdigit() for part in parts):
+    if not all(part.isdigit() for part in (days or "0", *parts)):
         return None
     return int(days or 0) * 86400.0 + sum(int(p) * 60.0**i for i, p in enumerate(reversed(parts)))
 
@@ -237,7 +240,7 @@ def node(entry: Entry, address: str, port: int) -> int:
     launch = entry.launch(rank, address, port)
     line = command(entry.job["kind"], entry.job["arguments"], launch)
     assert launch.threads is not None  # the entry has filled it in
-    where = f"Slurm {os.environ['SLURM_JOB_ID']} on {os.environ['SLURMD_NODENAME']}"
+    where = f"Slurm {own_id()} on {os.environ['SLURMD_NODENAME']}"
     print(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {where}: {shlex.join(line)}", flush=True)
     asked: list[int] = []
     for number in ASKED:

@@ -11,7 +11,7 @@ from scaling.config import ConfigError, LaunchConfig
 from scaling.records import RecordsError, RunFolder
 from sweeps import slurm, slurm_queue
 from sweeps.jobs import Job, Kind
-from sweeps.slurm_job import seconds_left
+from sweeps.slurm_job import own_id, seconds_left
 from sweeps.slurm_options import Resources, SlurmOptions
 from sweeps.slurm_queue import Seen, standing, words
 
@@ -89,10 +89,24 @@ def test_slurm_speaks_for_itself() -> None:
 
 @pytest.mark.parametrize(
     ("shown", "seconds"),
-    [("59", 59), ("1:30\n", 90), ("2:00:00", 7200), ("1-00:00:01", 86401), ("UNLIMITED", None), ("", None)],
+    [
+        ("59", 59),
+        ("1:30\n", 90),
+        ("2:00:00", 7200),
+        ("1-00:00:01", 86401),
+        ("UNLIMITED", None),
+        ("", None),
+        ("1:00\n2:00", None),
+    ],
 )
 def test_the_time_that_is_left(shown: str, seconds: float | None) -> None:
     assert seconds_left(shown) == seconds
+
+
+def test_the_last_of_an_array_does_not_speak_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("JOB_ID", "5"), ("ARRAY_JOB_ID", "5"), ("ARRAY_TASK_ID", "4")):
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert own_id() == "5_4"
 
 
 def test_without_slurm_a_person_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
