@@ -144,7 +144,7 @@ def _again(entry: Entry, before: dict[str, Any], why: str) -> int:
         return FAILED
     write_json(note, {"fruitless": fruitless})
     print(f"{entry.job['name']}: {why}; queued again", flush=True)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Slurm's answer, else it waits some seconds before it kills
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # comes in answer; Slurm would wait before it kills
     asked = _run(["scontrol", "requeue", own_id()])
     if asked.returncode != 0:
         print(f"{entry.job['name']}: Slurm does not queue it again: {words(asked.stderr)}", flush=True)
