@@ -398,7 +398,7 @@ class ClassifierTraining:
 
     width: int = 24
     """Channels at full resolution; twice as many at each half."""
-    steps: int = 2000
+    steps: int = 1500
     batch: int = 128
     lr: float = 3e-3
     weight_decay: float = 0.05
