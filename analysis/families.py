@@ -220,6 +220,9 @@ def _predicted(law: PowerLaw, x: float) -> tuple[float, float, float]:
 def _notes(studies: Mapping[str, Study], groups: tuple[Group, ...]) -> Iterator[str]:
     """What the comparison is of, and what it is not."""
     for group in groups:
+        if len({tokens_of(run["config"]) for study in group.studies for run in study.runs}) > 1:
+            yield f"the runs of {group.families[0]} have tokens of more than one kind: compared with nothing"
+            continue
         if len(group.studies) == 1:
             others = [name for name in studies if name not in group.families]
             yield (

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 METRICS = ("fid", "is", "is_std", "precision", "recall")
 PLACES = ("step", "tokens", "flops", "params")
-SAMPLING = ("guidance", "top_k", "top_p")
+SAMPLING = ("guidance", "guidance_form", "top_k", "top_p")
 PROTOCOL = ("extractor", "images", "reference")
 COLUMNS = ("run", "family", "depth", "seed", "state", *PLACES, *METRICS, *PROTOCOL, *SAMPLING)
 
@@ -35,15 +35,14 @@ class Protocol:
     extractor: str
     images: int
     reference: str
-    """What the pictures were held against; empty where it was not recorded."""
+    """What the pictures were held against."""
     frame: pd.DataFrame
     """Rows of ``COLUMNS``, by run and step."""
 
     @property
     def label(self) -> str:
         """In words."""
-        against = f" against {self.reference}" if self.reference else ""
-        return f"{self.extractor} features of {self.images} images{against}"
+        return f"{self.extractor} features of {self.images} images against {self.reference}"
 
     @property
     def settings(self) -> list[tuple[Any, ...]]:
@@ -82,12 +81,12 @@ def _lines(folder: Path, run: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     file = folder / "metrics.jsonl"
     facts = {key: run[key] for key in ("run", "family", "depth", "seed", "state")}
     for record in sorted(RunFolder(folder).metrics("fidelity"), key=lambda r: r.get("step", 0)):
-        values = {"reference": ""} | {key: record[key] for key in COLUMNS if key in record}
+        values = {key: record[key] for key in COLUMNS if key in record}
         if missing := [key for key in COLUMNS if key not in values and key not in facts]:
             raise RecordsError(
                 f"{file}: the fidelity line at step {record.get('step')} lacks {', '.join(missing)}"
             )
-        for key in (*PLACES, *METRICS, *SAMPLING, "images"):
+        for key in (*PLACES, *METRICS, "images", "guidance", "top_k", "top_p"):
             value = math.nan if values[key] is None and key in METRICS else values[key]
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise RecordsError(
@@ -113,7 +112,7 @@ def drawn(protocol: Protocol) -> bool:
 
 def drawing(setting: Sequence[Any]) -> str:
     """A way of drawing pictures in words."""
-    guidance, top_k, top_p = setting
-    parts = [f"guidance {guidance:g}"]
+    guidance, form, top_k, top_p = setting
+    parts = [f"guidance {guidance:g}" + (f" ({form})" if guidance > 0 else "")]
     parts += [f"top-k {top_k:g}"] * (top_k > 0) + [f"top-p {top_p:g}"] * (top_p > 0)
     return ", ".join(parts)

@@ -77,6 +77,7 @@ class EvaluateRequest(ModelChoice):
     precision: Precision | None = None
     """By default the run's, and fp32 for published checkpoints."""
     device: Device = "auto"
+    """auto is a GPU where there is one."""
     threads: int | None = None
     """CPU threads; by default the run's, else all cores."""
     json: bool = False
@@ -211,6 +212,7 @@ class DrawChoice:
     batch: int = 16
     """Pictures drawn at once; it does not change them."""
     device: Device = "auto"
+    """auto is a GPU where there is one."""
     out: str | None = None
     """Where to write; by default a name with the settings beside the model's own files, or here."""
 

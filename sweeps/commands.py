@@ -176,7 +176,7 @@ def _calibrate(made: Plan, state: JobState, out: Console) -> None:
                 job.folder, job.config, machine, made.allotment, launch_config, state.seconds
             )
         else:
-            assert job.kind != "run"
+            assert job.kind in ("tokenizer", "tokens")
             threads = stage_threads(launch_config, machine)
             speed = calibration.measure_images(
                 job.kind, job.folder, stage_of(job), machine, threads, launch_config, state.seconds

@@ -165,7 +165,7 @@ def train_classifier(
         "data": identity(data),
         "fingerprint": source.fingerprint(),
     }
-    return model.requires_grad_(False).to(memory_format=torch.contiguous_format), facts  # type: ignore[call-overload]
+    return model.requires_grad_(False).to(memory_format=torch.contiguous_format), facts
 
 
 def _training_images(

@@ -154,9 +154,19 @@ def measure(run: RunFolder, family: str, rng: np.random.Generator, **values: Any
         "kind": "fidelity", "step": last["step"], "tokens": last["tokens"], "flops": last["flops"],
         "params": last["params"], "fid": float(fid), "is": 3 + 60 / fid, "is_std": 0.1,
         "precision": float(0.5 + 0.1 * rng.random()), "recall": 0.4, "images": 5000,
-        "extractor": "inception", "reference": "validation", "guidance": 1.5, "top_k": 0, "top_p": 0.0,
+        "extractor": "inception", "reference": "validation", "guidance": 1.5, "guidance_form": "ramp",
+        "top_k": 0, "top_p": 0.0, "seed": 0,
     } | values  # fmt: skip
-    told_apart_by = ("extractor", "reference", "images", "guidance", "top_k", "top_p")
+    told_apart_by = (
+        "extractor",
+        "reference",
+        "images",
+        "guidance",
+        "guidance_form",
+        "top_k",
+        "top_p",
+        "seed",
+    )
     run.append(record | {"setting": " ".join(f"{key}={record[key]}" for key in told_apart_by)})
     run.close()
 

@@ -160,7 +160,9 @@ def test_runs_of_one_family_on_two_kinds_of_tokens_are_not_compared(tmp_path: Pa
     config = json.loads(file.read_text())
     config["tokenizer"]["vocab"] = 7
     write_json(file, config)
-    assert compare_families(make_studies(folder)).shared == ()
+    found = compare_families(make_studies(folder))
+    assert found.shared == ()
+    assert "the runs of raster have tokens of more than one kind: compared with nothing" in found.notes
 
 
 def test_the_next_token_baseline_is_told_apart_by_its_conditions(tmp_path: Path, compared: Families) -> None:

@@ -145,7 +145,7 @@ def test_the_plan_lists_every_run_with_the_overrides(tmp_path: Path) -> None:
     assert [row[5] for row in rows] == ["32", "32"]
 
 
-@pytest.mark.parametrize("command", ["status", "report", "sample"])
+@pytest.mark.parametrize("command", ["status", "report"])
 def test_commands_that_read_a_sweep_refuse_values_of_the_recipe(tmp_path: Path, command: str) -> None:
     write_sweep(tmp_path)
     for words in (("--train.lr", "3e-4"), ("--tokenizer_train.steps=7",), ("--launch.processes", "2")):
@@ -305,7 +305,7 @@ def test_sample_says_which_depths_are_there_and_checks_what_it_is_asked(tmp_path
     folders = write_sweep(tmp_path)
     folders[3].set_status("done")
     root = ("--root", tmp_path)
-    assert refused("sample", "quickstart", *root) == "sample needs --depth, the depth of a finished run"
+    assert refused("sample", "quickstart", *root) == "quickstart is a sweep: --depth says which of its runs"
     assert "finished depths: 2" in refused("sample", "quickstart", *root, "--depth", "5")
     assert "--count must be at least 1" in refused(
         "sample", "quickstart", *root, "--depth", "2", "--count", "0"
@@ -317,7 +317,7 @@ def test_sample_needs_the_family_where_there_are_several(tmp_path: Path) -> None
     made.write()
     made.run_jobs[1].folder.set_status("done")
     root = ("--root", tmp_path, "--depth", "1")
-    assert "sample needs --family too: " in refused("sample", "families-cpu", *root)
+    assert "--family is needed too: " in refused("sample", "families-cpu", *root)
     assert "no finished run of var of depth 1; finished depths: none yet" in refused(
         "sample", "families-cpu", *root, "--family", "var"
     )

@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
-from scaling.config import ModelConfig, from_dict
+from scaling.config import RunConfig, from_dict
 from scaling.flops import costs
 from scaling.records import RunFolder
 
@@ -49,5 +49,5 @@ def copied_records(target: Path, with_costs: bool) -> Path:
         (run / "costs.json").unlink(missing_ok=True)
         if with_costs:
             folder = RunFolder(run)
-            folder.write_costs(costs(from_dict(ModelConfig, folder.config()["model"])))
+            folder.write_costs(costs(from_dict(RunConfig, folder.config())))
     return target

@@ -426,7 +426,9 @@ def test_a_finished_run_is_found_by_family_and_depth_with_its_own_tokenizer(tmp_
         folder, tokenizer = where.finished_run(sweep, 2, family)
         assert folder.name.startswith(f"{family}-d2-")
         assert tokenizer.name == by_kind(plan, "tokenizer")[family != "var"].folder.name
-    with pytest.raises(ConfigError, match=r"needs --family too: .* has var, flexvar, flexvar-mamba, raster"):
+    with pytest.raises(
+        ConfigError, match=r"--family is needed too: .* has var, flexvar, flexvar-mamba, raster"
+    ):
         where.finished_run(sweep, 2)
     with pytest.raises(ConfigError, match="has no gpt; it has var"):
         where.finished_run(sweep, 2, "gpt")
