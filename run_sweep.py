@@ -65,7 +65,7 @@ SCRIPT = "python run_sweep.py"
 REFUSED = 2
 USER_ERRORS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS),
-    *(errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
+    *(errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
 )
 """System errors that a person causes and removes; any other is a fault of ours and shows its traceback."""
 

@@ -38,6 +38,8 @@ CONDITIONS = (
     "same map; so only this map's losses stand side by side, and sums over all the tokens of an image, of "
     "which {tokens} has fewer, differ"
 )
+TRAINING = ("steps", "epochs", "tokens", "batch", "lr", "lr_base", "schedule", "warmup", "weight_decay")
+"""Keys of ``train`` in a run's config that make its loss another one."""
 
 
 @dataclass(frozen=True)
@@ -234,8 +236,38 @@ def _notes(studies: Mapping[str, Study], groups: tuple[Group, ...]) -> Iterator[
         by_scale = [family for family in group.families if family not in NEXT_TOKEN]
         if by_token and by_scale:
             yield CONDITIONS.format(scales=listed(by_scale), tokens=listed(by_token))
+        yield f"N counts the matrices of the blocks, which are not alike: {_sizes(group)}"
+        if differing := _training(group):
+            yield f"not trained alike, so a difference need not be the family's: {differing}"
     if sum(len(group.studies) > 1 for group in groups):
         yield "the intervals are of each pair by itself, not of all pairs together"
+
+
+def _sizes(group: Group) -> str:
+    """What a layer's N is in each family, from the runs' own numbers."""
+    parts = []
+    for study in group.studies:
+        run = study.frame.sort_values("params").iloc[-1]
+        per_layer = run["params"] / (run["depth"] * run["width"] ** 2)
+        adaln = study.runs[0]["config"].get("model", {}).get("adaln") == "own"
+        share = ", 6·w² of it adaLN at next to no compute" if adaln else ""
+        parts.append(f"{run['family']} has {per_layer:.3g}·w² a layer{share}")
+    return "; ".join(parts)
+
+
+def _training(group: Group) -> str:
+    """Training values that differ between the families of a group, in words; empty when none do."""
+    found: dict[str, dict[str, str]] = {}
+    for study in group.studies:
+        configs = [run["config"].get("train", {}) for run in study.runs]
+        for key in TRAINING:
+            values = sorted({str(config.get(key)) for config in configs})
+            found.setdefault(key, {})[study.frame["family"].iloc[0]] = "/".join(values)
+    return "; ".join(
+        f"{key} " + ", ".join(f"{value} ({family})" for family, value in by_family.items())
+        for key, by_family in found.items()
+        if len(set(by_family.values())) > 1
+    )
 
 
 def listed(names: list[str] | tuple[str, ...]) -> str:
@@ -246,21 +278,28 @@ def listed(names: list[str] | tuple[str, ...]) -> str:
 def headline(found: Families) -> str:
     """One sentence: which family is lower at equal compute, where that can be said."""
     names = listed(tuple(found.studies))
-    for group in found.shared:
-        at_equal = [
-            pair
-            for pair in found.pairs
-            if pair.x == found.flops and not pair.offset and pair.ratio and pair.first in group.families
-        ]
-        said = [_who_is_lower(pair) for pair in at_equal]
-        if said:
-            return (
-                f"{names} compared: at equal compute, in the loss of the last map, whose tokens are the "
-                f"same, {'; '.join(said)}."
-            )
-    if found.shared:
-        return f"{names} compared: {listed(found.shared[0].families)} have the same tokens, but no laws yet."
+    said = [_said_of(group, found) for group in found.shared]
+    if said:
+        return f"{names} compared: {'; '.join(said)}."
     return f"{names}: no two of them were trained on the same tokens, so their losses do not compare."
+
+
+def _said_of(group: Group, found: Families) -> str:
+    """A group's share of the headline: who is lower, or which of three things is missing."""
+    at_equal = [
+        pair
+        for pair in found.pairs
+        if pair.x == found.flops and not pair.offset and pair.found and pair.first in group.families
+    ]
+    said = [_who_is_lower(pair) for pair in at_equal if pair.ratio]
+    if said:
+        return "at equal compute, in the loss of the last map, whose tokens are the same, " + "; ".join(said)
+    alike = f"{listed(group.families)} have the same tokens"
+    if at_equal:
+        return f"{alike}, but their compute does not overlap"
+    if all(study.law(QUANTITY, found.flops, "pareto").law for study in group.studies):
+        return f"{alike}, but their laws cannot be compared"
+    return f"{alike}, but no laws yet"
 
 
 def _who_is_lower(pair: Pair) -> str:

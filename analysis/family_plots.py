@@ -9,11 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from analysis import plots
 from analysis.families import QUANTITY, Group
-from analysis.fidelity import SAMPLING, Protocol, drawing
+from analysis.fidelity import SAMPLING, Protocol, drawing, drawn
 from analysis.study import Law, usable
 
 if TYPE_CHECKING:
@@ -91,7 +89,8 @@ def _draw_law(ax: Axes, row: Law, family: str, colour: str, reach: tuple[float, 
 
 
 def fid_figure(protocol: Protocol, x: str, families: Sequence[str]) -> Figure:
-    """FID against N (each run's latest measurements) or C (all), a line per family and way of drawing.
+    """FID against N (each run's latest measurements) or C (all), a line per family and way of drawing; some
+    of them can be drawn.
 
     Args:
         x: params, flops or flops_6nd.
@@ -99,8 +98,7 @@ def fid_figure(protocol: Protocol, x: str, families: Sequence[str]) -> Figure:
     """
     word = "model size" if x == "params" else "compute"
     fig, ax = plots.figure(f"FID, against {word}", plots.X_LABELS[x], "FID (lower is better)")
-    frame = protocol.last if x == "params" else protocol.frame
-    frame = frame[(frame["fid"] > 0) & (frame["fid"] < np.inf)]
+    frame = drawn(protocol.last if x == "params" else protocol.frame)
     plots.log_axes(ax, plots.limits(frame[x], 0.06, 0.12), plots.limits(frame["fid"], 0.3, 0.1))
     ways = protocol.settings
     for (family, *way), part in frame.groupby(["family", *SAMPLING], sort=False):

@@ -105,9 +105,9 @@ def to_json(protocols: Sequence[Protocol]) -> list[dict[str, Any]]:
     return rows
 
 
-def drawn(protocol: Protocol) -> bool:
-    """Whether there is an FID to draw."""
-    return bool((protocol.frame["fid"] > 0).any())
+def drawn(frame: pd.DataFrame) -> pd.DataFrame:
+    """The measurements whose FID has a place on a logarithmic axis."""
+    return frame[(frame["fid"] > 0) & (frame["fid"] < math.inf)]
 
 
 def drawing(setting: Sequence[Any]) -> str:

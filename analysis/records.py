@@ -8,6 +8,7 @@ named in ``frame.attrs["notes"]``.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,6 +123,12 @@ def _load_run(folder: RunFolder) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     if not isinstance(model, dict) or not {"family", "depth", "width"} <= set(model) or "seed" not in config:
         raise RecordsError(
             f"{folder.path / 'config.json'}: expected model.family, model.depth, model.width and seed"
+        )
+    # The name becomes part of files' names and of ids on the report's page.
+    if not re.fullmatch("[a-z0-9-]+", str(model["family"])):
+        raise RecordsError(
+            f"{folder.path / 'config.json'}: model.family = {model['family']!r}; expected lower-case "
+            "letters, digits and hyphens"
         )
     train = config.get("train", {})
     facts = {

@@ -15,6 +15,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from html import escape
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +23,8 @@ from analysis import families, family_plots, fidelity, findings, plots, report_p
 from analysis.families import Families
 from analysis.fidelity import Protocol
 from analysis.files import plain, write_bytes
-from analysis.study import LEVEL, Law, Study, make_studies, usable
+from analysis.records import read_records
+from analysis.study import LEVEL, Law, Study, left_out, studies_of, usable
 from scaling.records import write_atomic, write_json
 
 Figures = Iterator[tuple[str, str, Callable[[], Any]]]
@@ -37,18 +39,20 @@ def make_report(sweep_folder: str | Path, flops: Literal["flops", "flops_6nd"] =
         flops: which compute the axes and laws over C use, exact or 6·N·D.
 
     Raises:
-        RecordsError: as ``analysis.study.make_studies``.
+        RecordsError: as ``analysis.records.read_records``.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
-    studies = make_studies(sweep_folder, flops)
+    records = read_records(sweep_folder)
+    studies = studies_of(records, flops)
+    several = len(records.families) > 1
     first = next(iter(studies.values()))
     compared = families.compare_families(studies) if len(studies) > 1 else None
     measured = fidelity.read_fidelity(first.folder, [run for study in studies.values() for run in study.runs])
     pictures_notes: list[str] = []
     tokenizers = report_pictures.tokenizers(studies.values(), pictures_notes)
-    parts = [_part(study, compared is not None, pictures_notes) for study in studies.values()]
+    parts = [_part(study, several, pictures_notes) for study in studies.values()]
     notes = [note for note in first.notes if all(note in study.notes for study in studies.values())]
     for part, study in zip(parts, studies.values(), strict=True):
         part["notes"] = [note for note in study.notes if note not in notes]
@@ -58,7 +62,7 @@ def make_report(sweep_folder: str | Path, flops: Literal["flops", "flops_6nd"] =
     palette = _palette(list(studies.values()))
     drawn: dict[str, dict[str, Any]] = {}
     with plots.styled():
-        for name, caption, make in _all_figures(studies, compared, measured):
+        for name, caption, make in _all_figures(studies, compared, measured, several):
             fig = make()
             svg = plots.to_svg(fig)
             write_atomic(figures / f"{name}.svg", svg)
@@ -81,9 +85,9 @@ def make_report(sweep_folder: str | Path, flops: Literal["flops", "flops_6nd"] =
     write_json(target / "fits.json", plain(value))
     context = {
         "name": first.name,
-        "several": compared is not None,
+        "several": several,
         "headline": families.headline(compared) if compared else findings.headline(first),
-        "notes": [*notes, *pictures_notes],
+        "notes": [*left_out(records), *notes, *pictures_notes],
         "comparison": _comparison(compared, drawn),
         "fidelity": _fidelity(measured, list(studies), drawn),
         "parts": parts,
@@ -159,7 +163,7 @@ COMPARED, MEASURED = "families", "fid"
 
 
 def _all_figures(
-    studies: dict[str, Study], compared: Families | None, measured: Sequence[Protocol]
+    studies: dict[str, Study], compared: Families | None, measured: Sequence[Protocol], several: bool
 ) -> Figures:
     names, flops = list(studies), next(iter(studies.values())).flops
     for number, group in enumerate(compared.shared if compared else (), 1):
@@ -175,20 +179,21 @@ def _all_figures(
             make = partial(family_plots.compute_figure, group, names)
             yield f"{COMPARED}{number}_{families.QUANTITY}_vs_compute", caption, make
     for number, protocol in enumerate(measured, 1):
-        if fidelity.drawn(protocol):
+        if len(fidelity.drawn(protocol.last)):
             yield (
                 f"{MEASURED}{number}_vs_params",
                 f"Fréchet distance, {protocol.label}: the latest measurement of every run against N, every "
                 "measurement against compute.",
                 partial(family_plots.fid_figure, protocol, "params", names),
             )
+        if len(fidelity.drawn(protocol.frame)):
             yield (
                 f"{MEASURED}{number}_vs_compute",
-                "",
+                f"Fréchet distance, {protocol.label}: every measurement against compute.",
                 partial(family_plots.fid_figure, protocol, flops, names),
             )
     for study in studies.values():
-        prefix = f"{study.family}-" if compared else ""
+        prefix = f"{study.family}-" if several else ""
         for name, caption, make in _figures(study):
             yield prefix + name, caption, make
 
@@ -299,6 +304,7 @@ def _palette(studies: Sequence[Study]) -> dict[str, tuple[str, str, str]]:
 
 def _inline(svg: str, name: str, palette: dict[str, tuple[str, str, str]]) -> str:
     """The SVG element alone, ids made unique on the page, colours as CSS variables."""
+    name = escape(name)
     body = svg[svg.index("<svg") :]
     body = re.sub(r'\bid="', f'id="{name}-', body)
     body = re.sub(r"url\(#", f"url(#{name}-", body)

@@ -189,9 +189,22 @@ def make_studies(
     Raises:
         RecordsError: as ``load_runs``.
     """
-    records = read_records(sweep_folder)
+    return studies_of(read_records(sweep_folder), flops)
+
+
+def studies_of(records: Records, flops: Literal["flops", "flops_6nd"]) -> dict[str, Study]:
+    """``make_studies`` of records that have been read."""
     parts = {family: records.of(family) for family in records.families}
     return {family: study_of(part, flops) for family, part in parts.items() if len(part.frame)}
+
+
+def left_out(records: Records) -> Iterator[str]:
+    """What became of the families that have no study: why there is none, and their runs' own notes."""
+    for family in records.families:
+        part = records.of(family)
+        if not len(part.frame):
+            yield f"{family} has no part below: none of its runs has an evaluation"
+            yield from part.frame.attrs["notes"]
 
 
 def study_of(records: Records, flops: Literal["flops", "flops_6nd"]) -> Study:

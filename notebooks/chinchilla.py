@@ -111,9 +111,11 @@ def huber(residual, delta=1e-3):
 def objective(theta):
     """Sum over the runs, and its gradient, at (log A, log B, log E, α, β)."""
     a, b, e, alpha, beta = theta
-    terms = np.exp(np.stack([a - alpha * log_N, b - beta * log_D, np.full_like(log_N, e)]))
+    logs = np.stack([a - alpha * log_N, b - beta * log_D, np.full_like(log_N, e)])
+    top = logs.max(0)  # a trial step may go far beyond the data
+    terms = np.exp(logs - top)
     total = terms.sum(0)
-    value, slope = huber(np.log(total) - log_L)
+    value, slope = huber(top + np.log(total) - log_L)
     share = slope * terms / total
     gradient = [share[0].sum(), share[1].sum(), share[2].sum(), -share[0] @ log_N, -share[1] @ log_D]
     return value.sum(), np.array(gradient)

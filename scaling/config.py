@@ -123,6 +123,10 @@ class TokenizerRunConfig:
         return f"tok-{self.data.resolution}px-v{self.tokenizer.vocab}-{content_hash(self)[:10]}"
 
 
+SSM = ("ssm_state", "ssm_expand", "ssm_conv")
+"""Fields of a model that flexvar-mamba alone knows."""
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """A model of a family, in full. Build it with ``from_depth``."""
@@ -142,12 +146,12 @@ class ModelConfig:
     """Where layer norms take scale, shift and gate from: a matrix per layer, one for all layers, or none
     (learned vectors and no gates; VAR table 3, second row)."""
     qk_norm: bool = True
-    step_schedule: StepSchedule = "fixed"
+    step_schedule: StepSchedule = field(default="fixed", metadata={"added": True})
     """Steps of a training step (``scaling.steps``): always ``scales``, the paper's random ones, or those
     of the published code. Of flexible families only."""
-    ssm_state: int = 16
-    ssm_expand: int = 2
-    ssm_conv: int = 4
+    ssm_state: int = field(default=16, metadata={"added": True})
+    ssm_expand: int = field(default=2, metadata={"added": True})
+    ssm_conv: int = field(default=4, metadata={"added": True})
     label_drop: float = 0.1
     init_adaln: float = 0.5
     init_adaln_gamma: float = 1e-5
@@ -164,8 +168,13 @@ class ModelConfig:
             len(self.scales) > 0 and all(a < b for a, b in zip(self.scales, self.scales[1:], strict=False)),
             f"model.scales must grow, got {list(self.scales)}",
         )
-        for name in ("ssm_state", "ssm_expand", "ssm_conv"):
-            require(getattr(self, name) >= 1, f"model.{name} must be at least 1, got {getattr(self, name)}")
+        for name in SSM:
+            value, default = getattr(self, name), getattr(ModelConfig, name)
+            require(value >= 1, f"model.{name} must be at least 1, got {value}")
+            require(
+                self.family == "flexvar-mamba" or value == default,
+                f"model.{name} {value} is for flexvar-mamba, {self.family} has no scan; leave {default}",
+            )
         require(
             self.step_schedule == "fixed" or self.family in FLEXIBLE,
             f"model.step_schedule '{self.step_schedule}' is for {' and '.join(FLEXIBLE)}; "
@@ -199,7 +208,8 @@ class ModelConfig:
 
         Args:
             scales: of the tokenizer, or the steps wanted; raster takes the last.
-            options: further fields, in place of what follows from depth and family.
+            options: further fields, in place of what follows from depth and family; those of flexvar-mamba's
+                scan are dropped for other families, which a recipe may have beside it.
         """
         derived: dict[str, Any] = {"width": 64 * depth, "heads": depth, "drop_path": 0.1 * depth / 24}
         if family in FLEXIBLE:
@@ -207,6 +217,8 @@ class ModelConfig:
         if family == "raster":
             derived |= {"adaln": "none", "qk_norm": False}
             scales = scales[-1:]
+        if family != "flexvar-mamba":
+            options = {name: value for name, value in options.items() if name not in SSM}
         return cls(
             depth=depth, vocab=vocab, latent_channels=latent_channels, scales=tuple(scales),
             num_classes=num_classes, family=family, **(derived | options),

@@ -91,6 +91,8 @@ def _write(opened: Opened, inputs: Inputs, edited: Edited, request: EditRequest,
     drawn_N3HW, canvas_13HW, masks_1HW = edited.candidates[0], inputs.canvas_13HW, inputs.masks_1HW
     f, (height, width) = opened.tokenizer.config.downsampling, canvas_13HW.shape[2:]
     words = [*opened.notes, *inputs.words]
+    if request.class_ is None and request.cfg != EditRequest.cfg:
+        words.append(f"--cfg {request.cfg:g} is without effect: there is no --class to guide towards")
     plain_13hw = reconstructed(opened.tokenizer, inputs.image_13hw)
     if request.task == "refine":
         nowhere_1hw = torch.zeros_like(plain_13hw[:, 0], dtype=torch.bool)

@@ -73,8 +73,7 @@ def prepare(opened: Opened, name: str, request: EditRequest, device: str | torch
         masks_1HW = torch.zeros(1, height, width, dtype=torch.bool, device=device)
     else:
         canvas_13HW, given = image_13hw, _mask(request, picture, name)
-        shown, _ = fit(Image.fromarray(given.astype(np.uint8) * 255), encoded, Image.Resampling.BOX)
-        painted = np.asarray(shown) > 0  # any pixel of it: nothing that is masked may stay
+        painted = fit_mask(given, encoded)
         require(
             bool(painted.any()) or not given.any(),
             f"{name}: the mask lies wholly in what is cropped away to fit {height} x {width} pixels",
@@ -205,26 +204,39 @@ def read_mask(file: str, picture: Image.Image, of: str) -> Bool:
     return white
 
 
-def fit(
-    picture: Image.Image, target: Size, resampling: Image.Resampling = Image.Resampling.LANCZOS
-) -> tuple[Image.Image, str | None]:
+def fit_mask(mask: Bool, target: Size) -> Bool:
+    """A mask cropped and resized as ``fit`` does the picture; where any pixel was masked, so is the result.
+
+    Averages in 8 bits would lose small spots, and what they hide would stay.
+    """
+    top, left, rows, columns = _middle(mask.shape[0], mask.shape[1], target)
+    part_11hw = torch.from_numpy(mask[top : top + rows, left : left + columns])[None, None].float()
+    return F.adaptive_max_pool2d(part_11hw, target)[0, 0].numpy() > 0
+
+
+def fit(picture: Image.Image, target: Size) -> tuple[Image.Image, str | None]:
     """A picture of ``target`` (height, width) pixels: the middle of the right shape, resized.
 
     Returns:
         the picture, and what was done, if anything.
     """
     height, width = target
-    scale = min(picture.height / height, picture.width / width)
-    part = (min(picture.height, round(height * scale)), min(picture.width, round(width * scale)))
+    top, left, *part = _middle(picture.height, picture.width, target)
     words = []
-    if part != (picture.height, picture.width):
-        top, left = (picture.height - part[0]) // 2, (picture.width - part[1]) // 2
+    if part != [picture.height, picture.width]:
         words.append(f"cropped to its middle {part[0]} x {part[1]}")
         picture = picture.crop((left, top, left + part[1], top + part[0]))
-    if part != target:
+    if part != [height, width]:
         words.append(f"resized to {height} x {width} pixels")
-        picture = picture.resize((width, height), resampling)
+        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
     return picture, " and ".join(words) or None
+
+
+def _middle(height: int, width: int, target: Size) -> tuple[int, int, int, int]:
+    """Top, left, height and width of the largest part of the target's shape, in the middle."""
+    scale = min(height / target[0], width / target[1])
+    rows, columns = min(height, round(target[0] * scale)), min(width, round(target[1] * scale))
+    return (height - rows) // 2, (width - columns) // 2, rows, columns
 
 
 def enlarged(small_13hw: Tensor, size: Size) -> Tensor:

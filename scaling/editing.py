@@ -189,8 +189,6 @@ def _draw(
     if labels_B is None:  # the null class has no other to be guided away from
         labels_B = torch.full((B,), model.config.num_classes, device=forced.tokens_BL.device)
         sampling = replace(sampling, guidance=0.0)
-    # Longer in one direction only, a step shows nothing finer than what the model was trained on.
-    largest = max(steps[-1]) if min(steps[-1]) <= model.config.scales[-1] else None
     images, tokens = [], []
     for start in range(0, B * N, batch):
         rows = torch.arange(start, min(start + batch, B * N), device=labels_B.device)
@@ -198,7 +196,7 @@ def _draw(
         tokens_bL, latent_bCHW = sample_tokens(
             model, tokenizer.quantize, labels_B[which], [sampling.seed + int(row) % N for row in rows],
             guidance=sampling.guidance, guidance_form=sampling.guidance_form,
-            top_k=sampling.top_k, top_p=sampling.top_p, sizes=steps, largest=largest,
+            top_k=sampling.top_k, top_p=sampling.top_p, sizes=steps,
             forced=Forced(forced.tokens_BL[which], forced.keep_BL[which]),
         )  # fmt: skip
         tokens.append(tokens_bL)

@@ -4,15 +4,21 @@ The evaluation is written as a finished run's folder, ``imported-<name>-<hash>``
 ``status.json`` under ``imported``: not trained by the sweep's recipe; its file and tokenizer; who says how
 long it was trained. D and C follow from that by the same closed forms as for runs trained here.
 
+Published training crops an image anew in every epoch, so every token counts as seen once: U = D.
+
 Losses can be compared only where the tokens are the same: a sweep whose runs of the family have tokens of
-another tokenizer is refused.
+another tokenizer or other steps is refused, and so is one whose imported points are of other images.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
+
+from torch import nn
 
 from scaling import flops
 from scaling.config import (
@@ -81,24 +87,27 @@ def training_of(where: str, request: EvaluateRequest) -> Training:
 
 
 def import_into(sweep: str | Path, validation: Validation, training: Training) -> RunFolder:
-    """Write the run's folder; the same checkpoint on the same images has the same folder.
+    """Write the run's folder; the same weights on the same images have the same folder, others another.
 
     Raises:
-        ConfigError: the sweep's losses are of other tokens.
+        ConfigError: the sweep's losses are of other tokens, or of other images.
     """
     root, opened = Path(sweep), validation.opened
     config = _config(validation, training)
-    _check_tokens(root, config, opened.tokenizer)
+    _check_alike(root, config, opened.tokenizer, validation.fingerprint)
     name = re.sub(r"[^\w.-]+", "-", opened.name)
-    run = RunFolder(root / f"{IMPORTED}{name}-{content_hash(config)[:10]}")
+    weights = _digest(cast(nn.Module, opened.model))
+    told = content_hash([config, weights, validation.fingerprint])
+    run = RunFolder(root / f"{IMPORTED}{name}-{told[:10]}")
     run.create(to_dict(config))
     run.write_costs(flops.costs(config))
     total = config.total_steps
     record = evaluation_record(config, total, flops.spent(config, total), training.images)
-    run.append(record | validation.record)
+    run.append(record | {"unique_tokens": record["tokens"]} | validation.record)
     run.close()
     origin = {
         "weights": _absolute(validation.where),
+        "weights_sha256": weights,
         "tokenizer": None if validation.tokenizer is None else _absolute(validation.tokenizer),
         "scales": None if Path(validation.where).is_dir() else list(opened.model.config.scales),
         "tokenizer_hash": opened.tokenizer.content_hash,
@@ -122,13 +131,24 @@ def _config(validation: Validation, training: Training) -> RunConfig:
     )
 
 
-def _check_tokens(sweep: Path, config: RunConfig, tokenizer: Tokenizer) -> None:
-    """Refuse a sweep whose runs of this family have other tokens."""
+def _check_alike(sweep: Path, config: RunConfig, tokenizer: Tokenizer, images: str) -> None:
+    """Refuse a sweep whose runs of this family have other tokens, or whose imported points other images."""
     for file in sorted(sweep.glob("*/config.json")):
         run = RunFolder(file.parent)
         other = from_dict(RunConfig, run.config())
+        imported = run.status().get("imported")
+        require(
+            not imported or imported["images"] == images,
+            f"--into {sweep}: {run.name} was evaluated on other images; give a sweep of its own",
+        )
         if other.model.family != config.model.family:
             continue
+        require(
+            other.model.scales == config.model.scales,
+            f"--into {sweep}: {run.name} has steps {list(other.model.scales)}, this checkpoint "
+            f"{list(config.model.scales)}; losses of other steps say nothing of each other: give --scales, "
+            "or a sweep of its own",
+        )
         theirs, content = other.tokenizer, _tokenizer_hash(run, other)
         # A scalable tokenizer gives each size by itself: which sizes are cached changes no token.
         scales = theirs.scales if theirs.quantizer == "scalable" else tokenizer.config.scales
@@ -149,6 +169,15 @@ def _tokenizer_hash(run: RunFolder, config: RunConfig) -> str | None:
     folder = run.path.parent.parent / "tokenizers" / config.tokenizer_run.run_id / "tokenizer"
     description = folder / "tokenizer.json"
     return str(read_json(description)["content_hash"]) if description.exists() else None
+
+
+def _digest(model: nn.Module) -> str:
+    """SHA-256 (hex) of the weights by this project's names, wherever they were read from."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def _absolute(where: str) -> str:

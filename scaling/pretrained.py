@@ -9,6 +9,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +19,7 @@ from typing import Literal
 import torch
 from accelerate import init_empty_weights
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from scaling.checkpoint import sync_file
 from scaling.config import (
@@ -189,10 +191,24 @@ def filled(config: ModelConfig, weights: Mapping[str, Tensor], device: str | tor
     Raises:
         ConfigError: missing or unexpected names, other shapes.
     """
+    torch.backends.cudnn.allow_tf32 = False  # tokens and pictures as in training, the same on every device
     model = skeleton(config)
     check_names(f"{config.family} model", model.state_dict(), weights)
     model.load_state_dict(dict(weights), assign=True)
     return family_model(model.eval().requires_grad_(False).to(device))
+
+
+def weights_hash(model: FamilyModel) -> str:
+    """Tells a model's weights from others: SHA-256 (hex) of names, shapes and sums of each parameter's bits.
+
+    Sums of whole numbers are the same on every device and in any order, and leave the weights where they are.
+    """
+    assert isinstance(model, nn.Module)
+    facts = [
+        [name, list(value.shape), int(value.detach().contiguous().view(torch.int32).sum(dtype=torch.int64))]
+        for name, value in model.named_parameters()
+    ]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def save_model(config: ModelConfig, weights: Mapping[str, Tensor], folder: str | Path, origin: str) -> None:

@@ -121,7 +121,7 @@ def reject(
 def candidates_for(wanted: int, share: float) -> int:
     """The fewest candidates of which a share keeps ``wanted``."""
     count = wanted
-    while _share(share, count) < wanted:
+    while _whole(share, count) < wanted:  # without the one that is kept at least: one of one is no choice
         count = max(count + 1, int(wanted / share))
     return count
 
@@ -166,7 +166,11 @@ def _places(keep: float | int, count: int, label: int) -> int:
 
 
 def _share(share: float, count: int) -> int:
-    return max(1, int(share * count + 1e-9))
+    return max(1, _whole(share, count))
+
+
+def _whole(share: float, count: int) -> int:
+    return int(share * count + 1e-9)
 
 
 def _wanted(probabilities_BV: Tensor, labels: Sequence[int]) -> list[float]:

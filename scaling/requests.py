@@ -401,15 +401,20 @@ class ClassifierTraining:
     width: int = 24
     """Channels at full resolution; twice as many at each half."""
     steps: int = 1500
+    """Optimiser steps."""
     batch: int = 128
+    """Images per step."""
     lr: float = 3e-3
+    """Peak learning rate."""
     weight_decay: float = 0.05
+    """Of AdamW."""
     flip: bool = True
     """Show images mirrored half of the time; false for digits and writing."""
     images: int | None = None
     """Train on so many of the training images, a fixed random choice, where all of them do not fit into
     memory."""
     seed: int = 0
+    """Of weights, batches and crops."""
 
     def __post_init__(self) -> None:
         for name in ("width", "steps", "batch", "lr", "images"):

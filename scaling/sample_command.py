@@ -22,11 +22,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from scaling.config import Device, require
+from scaling.config import Device, content_hash, require
 from scaling.editing import check_sizes
 from scaling.generation import draw_images
 from scaling.pictures import pixel_grid, save_png, uint8
-from scaling.pretrained import Opened, open_model
+from scaling.pretrained import Opened, open_model, weights_hash
 from scaling.records import read_json, write_json
 from scaling.rejection import Acceptance, candidates_for, load_classifier, reject
 from scaling.requests import SampleRequest
@@ -66,7 +66,7 @@ def sample(where: str, request: SampleRequest, progress: Progress = lambda done,
     if request.sizes is not None:
         check_sizes(config, request.sizes)
     settings = settings_of(opened, request)
-    out = out_folder(opened, where, request, "samples")
+    out = out_folder(opened, where, request, settings)
     claim(out, settings)
     labels = [classes[i % len(classes)] for i in range(request.count)]
     if request.classifier is None:
@@ -174,6 +174,7 @@ def settings_of(opened: Opened, request: SampleRequest) -> dict[str, Any]:
     sizes = request.sizes or opened.model.config.sizes
     settings = {
         "model": opened.name,
+        "weights": weights_hash(opened.model),
         "tokenizer": opened.tokenizer.content_hash,
         "classes": list(request.known_classes(opened.model.config.num_classes)),
         "sizes": [list(size) for size in sizes],
@@ -187,11 +188,11 @@ def settings_of(opened: Opened, request: SampleRequest) -> dict[str, Any]:
     return settings
 
 
-def out_folder(opened: Opened, where: str, request: SampleRequest, what: str) -> Path:
+def out_folder(opened: Opened, where: str, request: SampleRequest, settings: dict[str, Any]) -> Path:
     """Where pictures go: as asked for, or a name with the settings in the run's folder, or here."""
     if request.out is not None:
         return Path(request.out)
-    name = f"{what}-cfg{request.cfg:g}-k{request.top_k}-p{request.top_p:g}-seed{request.seed}"
+    name = f"samples-cfg{request.cfg:g}-k{request.top_k}-p{request.top_p:g}-seed{request.seed}"
     name += "-smooth" if request.smooth else ""
     if request.classes is not None:
         name += "-class" + "-".join(map(str, request.classes[:NAMED]))
@@ -199,6 +200,7 @@ def out_folder(opened: Opened, where: str, request: SampleRequest, what: str) ->
         name += f"-to{request.sizes[-1][0]}x{request.sizes[-1][1]}"
     if request.classifier is not None:
         name += f"-keep{request.keep:g}"
+    name += f"-{content_hash(settings)[:8]}"  # of all settings, those that the name has no place for too
     return Path(where) / name if opened.run is not None else Path(f"{opened.name}-{name}")
 
 

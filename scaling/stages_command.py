@@ -15,10 +15,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor
 
-from scaling.config import ModelConfig, RunConfig, from_dict, require
+from scaling.config import ConfigError, ModelConfig, RunConfig, from_dict, require
 from scaling.data.cache import open_cache
 from scaling.generation import Forced, draw_images
 from scaling.pictures import pixel_grid, save_png, table, uint8
@@ -27,6 +26,7 @@ from scaling.records import RecordsError, RunFolder
 from scaling.requests import StagesRequest
 from scaling.sample_command import chosen_device
 from scaling.steps import token_columns
+from scaling.weight_files import read_weights
 
 Progress = Callable[[int, int], None]
 
@@ -71,6 +71,12 @@ def draw_stages(
     tokenizer = open_tokenizer(runs[0].tokenizer, model).to(device)
     forced = None
     if request.first > 0:
+        steps = sorted({config.model.scales for config in configs})
+        require(
+            len(steps) == 1,
+            f"--first {request.first} needs runs of the same steps, these have "
+            f"{' and '.join(str(list(scales)) for scales in steps)}; choose with --depths",
+        )
         forced = first_tokens(runs[0].tokens, configs[0], classes, request.first, device)
     columns = sorted({share for found in stages for share in found})
     total = sum(map(len, stages))
@@ -82,7 +88,10 @@ def draw_stages(
             if share not in found:
                 row.append(None)
                 continue
-            network = filled(config.model, load_file(found[share]), device)
+            try:
+                network = filled(config.model, read_weights(found[share]).states[""], device)
+            except ConfigError as error:
+                raise RecordsError(f"{found[share]}: {error}") from None
             pixels = []
             for start in range(0, len(classes), request.batch):
                 part = slice(start, start + request.batch)

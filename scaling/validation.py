@@ -1,7 +1,7 @@
 """Loss and error of any model on validation images, encoded on the fly, by ``run_sweep.py evaluate``.
 
-- Of a run on its own images this is the run's own last evaluation, number by number: the same crops, batches,
-  precision and threads.
+- Of a run on its own images this is the run's own last evaluation, with the same crops, batches, precision
+  and threads: number by number if one process trained it on the same back end, else up to rounding.
 - Published accuracies are 100·(1 − error). The published evaluation drops 10 % of the labels at random; this
   one drops none, so it is a little better and the same every time.
 """

@@ -94,6 +94,9 @@ def parse(arguments: Sequence[str], options: Sequence[Option]) -> dict[Keys, Any
             raise ConfigError(f"{flag} is given twice")
         if option.many:
             parsed = [_plain(option.hint, w) for word in words for w in word.split(",") if w]
+            # Of others no values are a value: --evaluation.snapshots alone asks for none.
+            if not parsed and type(None) in _alternatives(option.hint):
+                raise ConfigError(f"{flag} takes values ({option.metavar})")
             values[option.path] = None if parsed == [None] else parsed
         elif not words and bool in _alternatives(option.hint):
             values[option.path] = True

@@ -152,7 +152,9 @@ class Progress:
 def counted(what: str) -> Iterator[Callable[[int, int], None]]:
     """A bar on standard error while something is counted, called with the number done and of how many."""
     columns = (*rich.progress.Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
-    with rich.progress.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    out = Console(stderr=True)
+    # Elsewhere than on a terminal a bar would leave an empty line, where an error is to be the only one.
+    with rich.progress.Progress(*columns, console=out, transient=True, disable=not out.is_terminal) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 

@@ -27,6 +27,7 @@ from accelerate.utils import gather_object
 
 from scaling.config import ConfigError, DataConfig, RunConfig, from_dict, require
 from scaling.data.images import SPLITS, Split
+from scaling.families.registry import FAMILIES
 from scaling.fidelity.classifier import find_classifier
 from scaling.fidelity.collect import Share
 from scaling.fidelity.features import NamedExtractor, load_extractor
@@ -187,10 +188,13 @@ def measure_runs(
     extractor = load_extractor(request.chosen, _weights(request, subjects[0]), device)
     counter = Counter(job, share.world)
     references = References(request, extractor, place.path, share, counter)
-    how = {key: getattr(request.sampling, key) for key in SAMPLING}
     known = [
         _known(
-            s, setting(extractor.identity, references.identity(s.config.data), request.images, how), request
+            s,
+            setting(
+                extractor.identity, references.identity(s.config.data), request.images, drawn_how(s, request)
+            ),
+            request,
         )
         for s in subjects
     ]
@@ -209,7 +213,7 @@ def measure_runs(
                 batch=request.batch, keep=request.manifold, share=share,
                 progress=lambda done: counter.update(done, request.images),
             )  # fmt: skip
-            line = fidelity_line(one.evaluation, result.record() | how)
+            line = fidelity_line(one.evaluation, result.record() | drawn_how(one, request))
             if share.rank == 0:
                 _append(one.folder, line)
                 print(f"{name}: FID {line['fid']:.4g}", flush=True)
@@ -224,6 +228,13 @@ def _weights(request: FidelityRequest, first: Subject) -> str | None:
         return request.weights
     root = first.folder.path.absolute().parent.parent
     return str(find_classifier(root / "classifiers", first.config.data))
+
+
+def drawn_how(subject: Subject, request: FidelityRequest) -> dict[str, Any]:
+    """How a run's pictures are drawn: as asked, but for a family that knows one form of guidance only."""
+    how = {key: getattr(request.sampling, key) for key in SAMPLING}
+    own = FAMILIES[subject.config.model.family].guidance
+    return how if own is None else how | {"guidance_form": own}
 
 
 def _known(subject: Subject, wanted: str, request: FidelityRequest) -> dict[str, Any] | None:

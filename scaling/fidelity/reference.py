@@ -140,6 +140,8 @@ def _read(file: Path) -> dict[str, np.ndarray]:
             f"{file}: expected mu and sigma, or images as arr_0, or features; "
             f"it has {', '.join(content) or 'nothing'}"
         )
+    if len({"mu", "sigma"} & content.keys()) == 1:
+        raise ConfigError(f"{file}: mu and sigma are one Gaussian, it has only one of them")
     wanted = {"mu": 1, "sigma": 2, "features": 2, "arr_0": 4}
     for key, dimensions in wanted.items():
         if key in content and content[key].ndim != dimensions:
@@ -148,6 +150,10 @@ def _read(file: Path) -> dict[str, np.ndarray]:
             )
         if key in content and not np.isfinite(content[key]).all():
             raise ConfigError(f"{file}: {key} has numbers that are not finite")
+    if "mu" in content and content["sigma"].shape != 2 * content["mu"].shape:
+        raise ConfigError(
+            f"{file}: sigma has shape {content['sigma'].shape}, mu {content['mu'].shape}: not one Gaussian"
+        )
     if "arr_0" in content and (content["arr_0"].dtype != np.uint8 or content["arr_0"].shape[-1] != 3):
         raise ConfigError(f"{file}: arr_0 must be images (N, H, W, 3) of uint8")
     return content

@@ -56,13 +56,18 @@ def pyramid_path(sizes: Sequence[Size], path: int, device: torch.device) -> tupl
     return _pyramid_path(tuple(sizes), path, device)
 
 
-@functools.lru_cache(maxsize=4096)  # eight paths of some hundred step schedules, 11 KB each
+@functools.lru_cache(maxsize=64)  # eight paths of the latest step schedules; random ones have thousands
 def _pyramid_path(sizes: tuple[Size, ...], path: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    order: list[int] = []
+    orders, inverses, start = list[Tensor](), list[Tensor](), 0
     for size in sizes:
-        start = len(order)
-        order += [start + index for index in zigzag(size, path)]
-    inverse = [0] * len(order)
-    for place, index in enumerate(order):
-        inverse[index] = place
-    return torch.tensor(order, device=device), torch.tensor(inverse, device=device)
+        order, inverse = _map_path(size, path, device)
+        orders.append(order + start)
+        inverses.append(inverse + start)
+        start += size[0] * size[1]
+    return torch.cat(orders), torch.cat(inverses)
+
+
+@functools.lru_cache(maxsize=1024)  # eight paths of all sides up to 16 and of many other shapes
+def _map_path(size: Size, path: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    order = torch.tensor(zigzag(size, path))
+    return order.to(device), order.argsort().to(device)

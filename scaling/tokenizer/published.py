@@ -29,6 +29,8 @@ _VAR_HITS, _FLEXVAR_USED = "quantize.ema_vocab_hit_SV", "quantize.codebook_used"
 _USED_LENGTH = 65536
 _MIDDLE = {"block_1": "0", "attn_1": "1", "block_2": "2"}
 _NAMED = 5
+_IMPLIED = ("norm_groups", "phi_ratio")
+"""What no published tensor tells, and the published code has as this project's defaults."""
 
 
 def from_published(config: TokenizerConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -60,7 +62,7 @@ def told_tokenizer(state: Mapping[str, Tensor], scales: Sequence[int]) -> Tokeni
     """The config of a published tokenizer, from its keys and shapes; these do not tell the scales.
 
     Raises:
-        ConfigError: a key that tells it is missing.
+        ConfigError: a key that tells it is missing; channels that the implied groups do not divide.
     """
     scalable = any("conv_blocks" in key for key in state)
     level, block = ("encoder.conv_blocks", "res") if scalable else ("encoder.down", "block")
@@ -72,8 +74,16 @@ def told_tokenizer(state: Mapping[str, Tensor], scales: Sequence[int]) -> Tokeni
     def count(pattern: str) -> int:
         return len({match[0] for key in state if (match := re.match(pattern, key))})
 
-    channels, latent = rows("encoder.conv_in.weight"), rows("quant_conv.weight")
+    first = "encoder.conv_in.weight"
+    channels, latent = rows(first), rows("quant_conv.weight")
     levels = count(rf"{level}\.\d+\.")
+    require(
+        channels % TokenizerConfig.norm_groups == 0,
+        f"not this tokenizer: {first} has {channels} channels; published ones have a multiple of "
+        f"{TokenizerConfig.norm_groups}, the groups of their norms",
+    )
+    one_phi = any(key.startswith("quantize.quant_resi.qresi.") for key in state)
+    phis = 1 if one_phi else count(r"quantize\.quant_resi\.qresi_ls\.\d+\.")
     widths = [rows(f"{level}.{i}.{block}.0.conv1.weight") for i in range(levels)]
     z_width = rows("encoder.conv_out.weight")
     return TokenizerConfig(
@@ -83,7 +93,7 @@ def told_tokenizer(state: Mapping[str, Tensor], scales: Sequence[int]) -> Tokeni
         multipliers=tuple(width // channels for width in widths),
         res_blocks=count(rf"{level}\.0\.{block}\.\d+\."),
         scales=tuple(scales),
-        phis=TokenizerConfig.phis if scalable else count(r"quantize\.quant_resi\.qresi_ls\.\d+\."),
+        phis=TokenizerConfig.phis if scalable else phis,
         quantizer="scalable" if scalable else "residual",
         z_channels=None if z_width == latent else z_width,
     )
@@ -93,8 +103,15 @@ def to_published(config: TokenizerConfig, state: Mapping[str, Tensor]) -> dict[s
     """The state dict of a tokenizer of this project as the published code loads it.
 
     Raises:
-        ConfigError: not the state of a tokenizer of this config; the keys are named.
+        ConfigError: not the state of a tokenizer of this config; the keys are named. Options that the
+            published layout cannot tell.
     """
+    for option in _IMPLIED:
+        value, implied = getattr(config, option), getattr(TokenizerConfig, option)
+        require(
+            value == implied,
+            f"tokenizer.{option} {value} cannot be written in the published layout, which implies {implied}",
+        )
     expected = _expected(config)
     _refuse(config, "is missing", [name for name in expected if name not in state])
     _refuse(config, "has unexpected keys", [name for name in state if name not in expected])

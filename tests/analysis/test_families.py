@@ -96,6 +96,12 @@ def test_a_family_without_an_evaluation_is_left_out(tmp_path: Path) -> None:
     assert list(make_studies(folder)) == ["var"]
     with pytest.raises(RecordsError, match="no evaluation of raster recorded yet"):
         make_study(folder, family="raster")
+    report = make_report(folder)
+    for text in (report.read_text(), (report.parent / "report.md").read_text()):
+        assert "raster has no part below: none of its runs has an evaluation" in text
+        for depth in (1, 2):
+            assert f"raster-d{depth}-s0-0123456789 is done but recorded no evaluation" in text
+    assert 'id="family-var"' in report.read_text(), "its part says whose it is"
 
 
 def test_lists_of_scales_may_differ_in_length(sweep: Path) -> None:
@@ -116,7 +122,7 @@ def test_losses_are_compared_among_families_with_the_same_tokens_only(compared: 
     pairs = {(pair.first, pair.second) for pair in compared.pairs}
     assert pairs == set(itertools.combinations(ALIKE, 2))
     note = "var was trained on other tokens than flexvar, flexvar-mamba and raster"
-    assert [n.startswith(note) for n in compared.notes] == [True, False, False]
+    assert [n.startswith(note) for n in compared.notes] == [True, False, False, False]
 
 
 @pytest.mark.parametrize(
@@ -224,8 +230,8 @@ def test_losses_at_equal_compute_are_read_inside_the_data_of_both(compared: Fami
 
 
 def test_families_whose_sizes_do_not_meet_have_no_losses_side_by_side(tmp_path: Path) -> None:
-    folder = fabricate.sweep(tmp_path, depths=(1, 2, 3, 7, 8, 9), families=("flexvar", "raster"))
-    for depth in (1, 2, 3, 7, 8, 9):
+    folder = fabricate.sweep(tmp_path, depths=(1, 2, 3, 15, 16, 17), families=("flexvar", "raster"))
+    for depth in (1, 2, 3, 15, 16, 17):
         family = "flexvar" if depth > 3 else "raster"
         (folder / f"{family}-d{depth}-s0-0123456789" / "config.json").unlink()
     found = compare_families(make_studies(folder))
@@ -234,6 +240,10 @@ def test_families_whose_sizes_do_not_meet_have_no_losses_side_by_side(tmp_path: 
     assert (pair.at, pair.ratio, pair.losses) == (None, None, ())
     assert pair.lower == "their X do not meet"
     assert pair.to_json()["losses"] == []
+    apart = next(p for p in found.pairs if p.x == "flops" and not p.offset)
+    assert apart.found is not None
+    assert apart.at is None
+    assert "flexvar and raster have the same tokens, but their compute does not overlap" in headline(found)
 
 
 def test_too_few_runs_for_a_law_is_said_where_the_comparison_would_stand(tmp_path: Path) -> None:
@@ -329,9 +339,10 @@ def test_two_groups_with_the_same_tokens_have_figures_each(tmp_path: Path) -> No
     studies = make_studies(folder)
     found = compare_families(studies)
     assert [g.families for g in found.groups] == [("var", "flexvar-mamba"), ("flexvar", "raster")]
-    names = [name for name, _, _ in _all_figures(studies, found, ()) if name.startswith("families")]
+    names = [name for name, _, _ in _all_figures(studies, found, (), True) if name.startswith("families")]
     assert names == [f"families{i}_loss_last_vs_{x}" for i in (1, 2) for x in ("params", "compute")]
     assert {(p.first, p.second) for p in found.pairs} == {("var", "flexvar-mamba"), ("flexvar", "raster")}
+    assert re.search("var.* flexvar-mamba.*flexvar.* raster", headline(found).split("compared: ")[1])
     assert np.isfinite([p.found.difference for p in found.pairs if p.found]).all()
 
 
@@ -339,3 +350,16 @@ def test_two_groups_with_the_same_tokens_have_figures_each(tmp_path: Path) -> No
 def test_a_headline_wants_four_runs(tmp_path: Path, depths: Any, said: str) -> None:
     folder = fabricate.sweep(tmp_path, depths=depths, families=("flexvar", "raster"))
     assert said in headline(compare_families(make_studies(folder)))
+
+
+def test_what_n_counts_and_unlike_training_are_said(tmp_path: Path) -> None:
+    folder = fabricate.sweep(tmp_path, depths=(1, 2, 3), families=("flexvar", "raster"))
+    alike = " ".join(compare_families(make_studies(folder)).notes)
+    assert "N counts the matrices of the blocks, which are not alike: flexvar has" in alike
+    assert "not trained alike" not in alike
+    for file in folder.glob("raster-*/config.json"):
+        config = json.loads(file.read_text())
+        config.setdefault("train", {})["lr"] = 0.5
+        file.write_text(json.dumps(config))
+    (note,) = [n for n in compare_families(make_studies(folder)).notes if "not trained alike" in n]
+    assert "0.5 (raster)" in note

@@ -105,12 +105,23 @@ def test_a_metric_without_a_value_is_a_dash_and_no_point(tmp_path: Path) -> None
     folder = fabricate.sweep(tmp_path, depths=(1,))
     fabricate.measure(run(folder, 1), "var", RNG, fid=math.nan, precision=math.nan, is_std=math.nan)
     (protocol,) = measured(folder)
-    assert not drawn(protocol)
+    assert drawn(protocol.frame).empty
     (row,) = fidelity_rows(protocol, ("var",))
     assert (row["fid"], row["precision"], row["recall"]) == ("–", "–", "0.4")
     assert "±" not in row["is"]
-    names = [name for name, _, _ in _all_figures({"var": make_study(folder)}, None, (protocol,))]
+    names = [name for name, _, _ in _all_figures({"var": make_study(folder)}, None, (protocol,), False)]
     assert not [name for name in names if name.startswith("fid")]
+
+
+@pytest.mark.parametrize("fid", [0.0, None])
+def test_a_latest_measurement_without_a_value_leaves_the_earlier_ones(
+    tmp_path: Path, fid: float | None
+) -> None:
+    folder = fabricate.sweep(tmp_path, depths=(1,))
+    fabricate.measure(run(folder, 1), "var", RNG, step=3)
+    fabricate.measure(run(folder, 1), "var", RNG, fid=fid)
+    names = {p.stem for p in (make_report(folder).parent / "figures").glob("fid*")}
+    assert names == {"fid1_vs_compute"}
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from PIL import Image
 from analysis import make_report
 from analysis.files import plain, write_bytes
 from analysis.findings import headline
+from analysis.report import _inline
 from analysis.report_pictures import PICTURE_BYTES
 from analysis.report_tables import forecast_rows
 from analysis.study import make_study
@@ -121,6 +122,23 @@ def test_partial_sweep_says_what_is_missing_and_escapes_it(tmp_path: Path) -> No
     laws = fabricate.fits(report)["laws"]
     assert "at least 3 points, got 1" in next(r["status"] for r in laws if r["x"] == "params")
     assert not {"script", "img", "is"} & set(Page(text).tags)
+
+
+@pytest.mark.parametrize("name", ['"><script>alert(1)</script>', "../../up", "", "a\n"])
+def test_a_family_that_is_no_plain_name_is_refused(tmp_path: Path, name: str) -> None:
+    folder = fabricate.sweep(tmp_path, depths=(1,))
+    file = folder / "var-d1-s0-0123456789" / "config.json"
+    config = json.loads(file.read_text())
+    config["model"]["family"] = name
+    write_json(file, config)
+    with pytest.raises(RecordsError, match=r"config\.json: model\.family = .*; expected lower-case letters,"):
+        make_report(folder)
+    assert not (folder / "report").exists()
+
+
+def test_the_name_of_a_figure_is_no_markup() -> None:
+    text = _inline('<svg width="1"><g id="a"/></svg>', '"><script>', {})
+    assert Page(text).tags == ["svg", "g"]
 
 
 def test_nothing_finished_and_figures_of_an_earlier_report_go(tmp_path: Path) -> None:

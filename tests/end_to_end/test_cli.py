@@ -352,7 +352,7 @@ def test_a_damaged_file_of_ours_is_named(tmp_path: Path) -> None:
     assert str(folders[4].path / "status.json") in refused("status", "quickstart", "--root", tmp_path)
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EACCES])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EEXIST])
 def test_a_full_or_locked_disk_is_one_line(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

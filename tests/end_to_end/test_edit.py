@@ -13,7 +13,7 @@ import run_sweep
 from scaling.config import ConfigError, Family
 from scaling.data.sources import open_source
 from scaling.data.transforms import view_array
-from scaling.edit_inputs import read_image
+from scaling.edit_inputs import fit_mask, read_image
 from tests.scaling import tiny
 from tests.scaling.test_trainer import run
 
@@ -294,3 +294,20 @@ def test_an_image_can_be_one_of_the_runs_own() -> None:
         read_image("val:10", config)
     with pytest.raises(ConfigError, match="a checkpoint has none, give a file"):
         read_image("val:5", None)
+
+
+def test_a_single_masked_pixel_stays_masked_however_small_the_mask_becomes() -> None:
+    mask = np.zeros((300, 500), dtype=bool)
+    mask[150, 251] = True
+    small = fit_mask(mask, (8, 8))
+    assert small.shape == (8, 8)
+    assert small[4, 4]
+    assert not small[:3].any()
+
+
+def test_guidance_without_a_class_is_told(
+    var: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = picture(tmp_path / "image.png", 8, 8)
+    edit(var, image, tmp_path / "out", "--task", "inpaint", "--box", "0", "0", "1", ".5", "--cfg", "3")
+    assert "--cfg 3 is without effect: there is no --class to guide towards" in capsys.readouterr().out

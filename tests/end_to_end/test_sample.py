@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 
 import run_sweep
 from scaling.config import Family, RunConfig
+from scaling.pretrained import open_weights, save_model
 from scaling.records import write_json
 from tests.scaling import tiny
 from tests.scaling.test_trainer import run
@@ -115,8 +117,11 @@ def test_a_sweep_a_folder_and_any_batch_give_the_same_pictures(
     for name in wanted:
         assert np.abs(pixels(tmp_path / "a" / name).astype(int) - pixels(tmp_path / "b" / name)).max() <= 1
     command("sample", folder, "--tokenizer", tokenizer, *options)
-    own = folder / "samples-cfg1.5-k0-p0.9-seed5-class2-0"
-    assert names(own) == wanted
+    command("sample", folder, "--tokenizer", tokenizer, *options, "--guidance-form", "constant")
+    own = list(folder.glob("samples-cfg1.5-k0-p0.9-seed5-class2-0-*"))
+    assert len(own) == 2, "settings that the name does not show have their own folder too"
+    for path in own:
+        assert names(path) == wanted
 
 
 def test_pictures_that_are_there_are_not_drawn_again(
@@ -136,6 +141,21 @@ def test_pictures_that_are_there_are_not_drawn_again(
     assert len(names(out)) == 7
     message = refused(capsys, *words, "--cfg", 3)
     assert message == f"{out} holds pictures with cfg 1.5, not 3.0; give another --out, or remove the folder"
+
+
+def test_other_weights_of_the_same_name_do_not_go_on(
+    sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = next(path for path in sweep.iterdir() if path.name.startswith("var-d1"))
+    for parent, factor in (("one", 1.0), ("other", 1.5)):
+        config, weights = open_weights(folder)
+        changed = {name: factor * value for name, value in weights.items()}
+        save_model(config, changed, tmp_path / parent / "model", "a test")
+    out, options = tmp_path / "out", ("--tokenizer", sweep.parent / "tokenizer-run", "--count", 1)
+    command("sample", tmp_path / "one" / "model", *options, "--out", out)
+    capsys.readouterr()
+    message = refused(capsys, "sample", tmp_path / "other" / "model", *options, "--out", out)
+    assert message.startswith(f"{out} holds pictures with weights ")
 
 
 def test_the_classifier_keeps_the_best(
@@ -185,7 +205,7 @@ def test_one_line_refusals(sweep: Path, tmp_path: Path, capsys: pytest.CaptureFi
         ),
         ((*sample, "--count", 0), "--count must be at least 1, got 0"),
         ((*sample, "--keep", 0.5), "--classifier and --keep go together"),
-        ((*sample, "--classifier", "nowhere", "--keep", 0.5), "takes MODULE:FUNCTION, got 'nowhere'"),
+        ((*sample, "--classifier", "nowhere", "--keep", 0.5), "nowhere/classifier.json: no such file"),
         ((*sample, "--top-p", 1.5), "--top-p must be 0 to 1, got 1.5"),
         (("stages", sweep, "--depths", 3), "has no depth 3; it has 1, 2"),
         (("stages", sweep, "--first", 3), "--first 3: a var of scales [1, 2] has 2 steps"),
@@ -234,3 +254,13 @@ def test_with_all_tokens_known_every_cell_is_the_tokenizers_picture(
         sheets.append(pixels(sheet)[44:])
     assert np.array_equal(*sheets)
     assert len(np.unique(sheets[0])) > 10
+
+
+def test_a_damaged_snapshot_is_one_line(
+    sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "sweep"
+    shutil.copytree(sweep.parent, tmp_path, dirs_exist_ok=True)
+    snapshot = next(copy.glob("var-d1*/**/*.safetensors"))
+    snapshot.write_bytes(b"damaged")
+    assert str(snapshot) in refused(capsys, "stages", copy)

@@ -85,7 +85,11 @@ def test_as_few_candidates_as_keep_what_is_wanted(wanted: int, share: float) -> 
     kept = reject(lambda some, _: torch.zeros(len(some), 1), _One(), labels, keep=share, batch=10**6).kept
     assert len(kept) == wanted
     if count > wanted:
-        assert max(1, int(share * (count - 1) + 1e-9)) < wanted
+        assert int(share * (count - 1) + 1e-9) < wanted
+
+
+def test_one_picture_too_is_the_best_of_many() -> None:
+    assert candidates_for(1, 0.05) == 20
 
 
 class _One:

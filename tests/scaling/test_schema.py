@@ -110,7 +110,7 @@ def test_where_data_lies_is_no_part_of_what_it_is() -> None:
         ({"data": dataclasses.replace(RUN.data, resolution=10)}, "of the tokenizer's downsampling 4"),
         ({"data": dataclasses.replace(RUN.data, train_images=None)}, "data.train_images is not known yet"),
         ({"data": dataclasses.replace(RUN.data, num_classes=9)}, "model.num_classes differs"),
-        ({"model": dataclasses.replace(RUN.model, vocab=99)}, "model.vocab differs from tokenizer.vocab"),
+        ({"model": dataclasses.replace(RUN.model, vocab=99)}, "model.vocab 99 differs from tokenizer.vocab"),
     ],
 )  # fmt: skip
 def test_parts_that_do_not_fit_are_refused(change: dict[str, Any], message: str) -> None:
@@ -162,3 +162,15 @@ def test_a_field_that_came_later_leaves_older_hashes_alone() -> None:
     scalable = TokenizerConfig(quantizer="scalable")
     assert identity(scalable)["quantizer"] == "scalable"
     assert from_dict(TokenizerConfig, to_dict(scalable)) == scalable
+
+
+def test_what_one_family_knows_is_no_part_of_the_others() -> None:
+    """Nor of an identity while it has its default, so that models from before it keep their ids."""
+    plain, mamba = (ModelConfig.from_depth(1, family=f, ssm_state=8) for f in ("var", "flexvar-mamba"))
+    assert plain == ModelConfig.from_depth(1)
+    assert not {"step_schedule", "ssm_state", "ssm_expand", "ssm_conv"} & identity(plain).keys()
+    assert {k: v for k, v in identity(mamba).items() if k in ("step_schedule", "ssm_state", "ssm_conv")} == {
+        "step_schedule": "paper", "ssm_state": 8
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match="ssm_conv 3 is for flexvar-mamba, flexvar has no scan"):
+        dataclasses.replace(ModelConfig.from_depth(1, family="flexvar"), ssm_conv=3)

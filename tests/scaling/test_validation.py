@@ -7,12 +7,13 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from torch import nn
 
 from analysis.records import load_runs
 from scaling import flops
@@ -22,8 +23,9 @@ from scaling.data.cache import build_cache, open_cache
 from scaling.data.encode import batch_size, encoder
 from scaling.data.live import encode_validation
 from scaling.data.sources import open_source
-from scaling.imported import IMAGENET_IMAGES, KNOWN, import_into, training_of
-from scaling.pretrained import open_model
+from scaling.families.registry import build, family_model
+from scaling.imported import IMAGENET_IMAGES, KNOWN, Training, import_into, training_of
+from scaling.pretrained import Opened, open_model
 from scaling.records import RunFolder, list_runs
 from scaling.requests import ConvertRequest, DataChoice, EvaluateRequest
 from scaling.tokenizer.vqvae import Tokenizer, load_tokenizer, save_tokenizer
@@ -184,6 +186,7 @@ class TestImport:
         model, config = tiny.run_config().model, folder.config()
         (record,) = folder.metrics("eval")
         assert numbers(record) == numbers(run.metrics("eval")[-1])
+        assert record["unique_tokens"] == record["tokens"]
         steps = math.ceil(10 * 1000 / 256)
         assert config["train"]["batch"] == 256
         assert (record["step"], record["tokens"]) == (steps, steps * 256 * 5)
@@ -199,6 +202,21 @@ class TestImport:
         first = self.imported(run, tmp_path, tmp_path / "new")
         assert self.imported(run, tmp_path, tmp_path / "new").path == first.path
         assert len(load_runs(tmp_path / "new")) == 1
+
+    def test_other_weights_and_other_images_are_other_points(self, run: RunFolder, tmp_path: Path) -> None:
+        """Of one architecture, under one name."""
+        validation = evaluated(run, tmp_path)
+        request = EvaluateRequest(into=str(tmp_path), epochs=10, train_images=1000)
+        training = training_of(str(tmp_path / "net.pth"), request)
+        first = import_into(tmp_path / "one", validation, training)
+        images = dataclasses.replace(validation, fingerprint="other")
+        assert import_into(tmp_path / "two", images, training).path.name != first.path.name
+        with torch.no_grad():
+            next(cast(nn.Module, validation.opened.model).parameters()).add_(1)
+        second = import_into(tmp_path / "one", validation, training)
+        assert len(load_runs(tmp_path / "one")) == 2
+        told = [folder.status()["imported"]["weights_sha256"] for folder in (first, second)]
+        assert told[0] != told[1]
 
     def test_a_point_of_the_sweep_that_says_what_it_is(self, run: RunFolder, tmp_path: Path) -> None:
         sweep = run.path.parent
@@ -232,6 +250,24 @@ class TestImport:
         with pytest.raises(ConfigError, match="has tokens of another tokenizer"):
             self.imported(run, tmp_path, home / "sweep")
         assert not list((home / "sweep").glob("imported-*"))
+
+    def test_other_steps_and_other_images_are_refused(self, run: RunFolder, tmp_path: Path) -> None:
+        config, training = tiny.run_config("flexvar"), Training(10, 1000, 256, "here")
+        tokenizer = Tokenizer(tiny.SCALABLE).eval()
+        record = numbers(run.metrics("eval")[-1])
+
+        def add(scales: tuple[int, ...], images: str) -> None:
+            model = family_model(build(dataclasses.replace(config.model, scales=scales)))
+            opened = Opened(model, tokenizer, "net", None)
+            found = Validation("net.pth", None, opened, "fp32", config.data, images, record, 0)
+            import_into(tmp_path, found, training)
+
+        add((1, 2), "these")
+        with pytest.raises(ConfigError, match=r"has steps \[1, 2\], this checkpoint \[2\]"):
+            add((2,), "these")
+        with pytest.raises(ConfigError, match="was evaluated on other images"):
+            add((1, 2), "those")
+        assert len(list(tmp_path.glob("imported-*"))) == 1
 
     def test_who_says_how_long_it_was_trained(self, tmp_path: Path) -> None:
         into = EvaluateRequest(into=str(tmp_path))

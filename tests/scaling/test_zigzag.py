@@ -76,6 +76,22 @@ def test_a_pyramid_goes_through_its_maps_in_turn(sizes: list[tuple[int, int]], p
         start += rows * columns
 
 
+def test_a_map_is_gone_through_once_for_all_schedules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random steps have thousands of schedules, made of few maps."""
+    seen: list[tuple[int, int]] = []
+
+    def counted(size: tuple[int, int], path: int) -> tuple[int, ...]:
+        seen.append(size)
+        return zigzag(size, path)
+
+    monkeypatch.setattr("scaling.layers.zigzag.zigzag", counted)
+    maps = [(31, side) for side in range(1, 9)]  # of a side that no other test has
+    for sizes in itertools.combinations(maps, 4):
+        pyramid_path(sizes, 0, torch.device("cpu"))
+    assert seen
+    assert len(seen) == len(set(seen))
+
+
 @pytest.mark.parametrize("path", range(PATHS))
 def test_a_two_by_three_map(path: int) -> None:
     assert zigzag((2, 3), path) == (

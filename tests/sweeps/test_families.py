@@ -97,6 +97,13 @@ def test_what_a_family_leaves_open_follows_from_it(tmp_path: Path) -> None:
     assert (model.scales, model.step_schedule) == ((2, 4), "fixed")
 
 
+def test_options_of_one_family_leave_the_others_as_they_are(tmp_path: Path) -> None:
+    plain = {r.run_id for r in runs_of(load_recipe(written(tmp_path)))}
+    text = GOOD.replace("by_depth:", "model: {ssm_state: 8}\nby_depth:")
+    changed = [r for r in runs_of(load_recipe(written(tmp_path, text))) if r.run_id not in plain]
+    assert [r.model.family for r in changed] == ["flexvar-mamba", "flexvar-mamba"]
+
+
 def test_values_of_a_family_hold_for_it_only_and_those_of_a_depth_win(tmp_path: Path) -> None:
     batches = {
         (r.model.family, r.model.depth): r.train.batch for r in runs_of(load_recipe(written(tmp_path)))

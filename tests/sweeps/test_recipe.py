@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scaling.config import ConfigError, DataConfig, to_dict
+from scaling.requests import EditRequest
 from sweeps.options import help_text, options_of, parse
 from sweeps.recipe import Recipe, load_recipe
 
@@ -166,6 +167,12 @@ def test_a_wrong_command_line_is_told_in_one_line(words: list[str], message: str
     with pytest.raises(ConfigError) as caught:
         parse(words, options_of(Recipe))
     assert message in str(caught.value)
+
+
+def test_a_list_that_can_be_none_takes_values() -> None:
+    for words in (["--scales"], ["--scales="]):
+        with pytest.raises(ConfigError, match=r"^--scales takes values \(INT \.\.\.\|none\)$"):
+            parse(words, options_of(EditRequest))
 
 
 def test_options_read_lists_none_flags_and_either_dash() -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -92,6 +93,16 @@ def test_every_run_gets_a_line_with_its_costs_and_the_settings(runs: list[RunFol
         assert line["extractor"] == study.EXTRACTOR
         assert line["reference"].startswith("train-")
     assert rows[0]["fid"] != rows[1]["fid"]
+
+
+def test_a_family_with_one_form_of_guidance_is_recorded_with_it() -> None:
+    def recorded(family: str) -> str:
+        model = SimpleNamespace(model=SimpleNamespace(family=family))
+        form: str = job.drawn_how(SimpleNamespace(config=model), REQUEST)["guidance_form"]  # type: ignore[arg-type]
+        return form
+
+    assert REQUEST.guidance_form == "ramp"
+    assert [recorded(family) for family in ("var", "flexvar", "raster")] == ["ramp", "ramp", "constant"]
 
 
 def test_the_reference_is_looked_at_once_for_all_runs_and_kept(

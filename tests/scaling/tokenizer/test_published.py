@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from scaling.config import ConfigError, TokenizerConfig
-from scaling.tokenizer.published import from_published, to_published
+from scaling.tokenizer.published import from_published, to_published, told_tokenizer
 from scaling.tokenizer.vqvae import Tokenizer
 from tests.scaling.tokenizer import tiny
 
 # Of several widths, so that a level in the wrong place has the wrong shape.
 RESIDUAL = dataclasses.replace(tiny.TOKENIZER, multipliers=(1, 2, 4))
-SCALABLE = dataclasses.replace(tiny.SCALABLE.tokenizer, multipliers=(1, 2, 4))
+SCALABLE = dataclasses.replace(tiny.SCALABLE.tokenizer, multipliers=(1, 2, 4), norm_groups=32)
 
 
 def state(config: TokenizerConfig) -> dict[str, torch.Tensor]:
@@ -76,3 +76,23 @@ def test_many_keys_are_not_all_named() -> None:
         from_published(RESIDUAL, to_published(SCALABLE, state(SCALABLE)))
     with pytest.raises(ConfigError, match=r"it is missing quant_conv\.bias$"):
         to_published(SCALABLE, {k: v for k, v in state(SCALABLE).items() if k != "quant_conv.bias"})
+
+
+@pytest.mark.parametrize("config", [RESIDUAL, SCALABLE], ids=["var", "flexvar"])
+@pytest.mark.parametrize(("option", "value"), [("norm_groups", 8), ("phi_ratio", 0.25)])
+def test_what_the_layout_cannot_tell_is_refused(config: TokenizerConfig, option: str, value: float) -> None:
+    other = dataclasses.replace(config, **{option: value})  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=rf"{option} {value} cannot be written .* which implies"):
+        to_published(other, state(other))
+
+
+@pytest.mark.parametrize("phis", [0, 1, 2, 4])
+def test_the_number_of_phis_is_told(phis: int) -> None:
+    config = dataclasses.replace(RESIDUAL, phis=phis)
+    assert told_tokenizer(to_published(config, state(config)), config.scales) == config
+
+
+def test_channels_that_the_groups_do_not_divide_are_named() -> None:
+    published = to_published(RESIDUAL, state(RESIDUAL)) | {"encoder.conv_in.weight": torch.zeros(48, 3, 3, 3)}
+    with pytest.raises(ConfigError, match=r"encoder\.conv_in\.weight has 48 channels; .* multiple of 32"):
+        told_tokenizer(published, RESIDUAL.scales)
