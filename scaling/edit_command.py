@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from scaling.config import FLEXIBLE, SamplingConfig, require
+from scaling.config import FLEXIBLE, SamplingConfig, content_hash, require
 from scaling.edit_inputs import Inputs, enlarged, prepare
 from scaling.editing import Edited, extended, reconstructed, redraw, refine
 from scaling.masks import known_psnr, pasted
@@ -65,7 +65,9 @@ def edit(where: str, image: str, request: EditRequest, device: str | torch.devic
         )  # fmt: skip
     settings = "" if request.class_ is None else f"-class{request.class_}-cfg{request.cfg:g}"
     settings += f"-k{request.top_k}-p{request.top_p:g}-seed{request.seed}"
-    base = Path() if opened.run is None else Path(where)
+    # All options that decide the pictures, so that another edit does not write over this one.
+    settings += f"-{content_hash(replace(request, out=None, batch=EditRequest.batch))[:8]}"
+    base = Path(f"edit-{opened.name}") if opened.run is None else Path(where)
     folder = base / f"edit-{Path(image).stem.replace(':', '-')}-{request.task}{settings}"
     return _write(opened, inputs, edited, request, folder if request.out is None else Path(request.out))
 

@@ -143,7 +143,7 @@ class EditRequest(ModelChoice):
     feather: int | None = None
     """Width in pixels of the seam between pasted and painted; by default a quarter of a token."""
     out: str | None = None
-    """The folder of the pictures; by default edit-<settings> in the run's folder, or here."""
+    """The folder of the pictures; by default edit-<settings> in the run's folder, or in edit-<model> here."""
 
     def __post_init__(self) -> None:
         require(self.count >= 1, f"--count must be at least 1, got {self.count}")

@@ -165,6 +165,11 @@ def test_pictures_go_beside_the_run_by_default(
     assert run_sweep.main(words) == 0
     (folder,) = Path(var[0]).glob("edit-image-inpaint*")
     assert (folder / "sheet.png").exists()
+    # Another box is another edit: it does not write over this one.
+    assert run_sweep.main([*words[:-1], ".75"]) == 0
+    both = sorted(Path(var[0]).glob("edit-image-inpaint*"))
+    assert len(both) == 2
+    assert folder in both
 
 
 @pytest.mark.parametrize(
