@@ -400,7 +400,7 @@ class ClassifierTraining:
 
     width: int = 24
     """Channels at full resolution; twice as many at each half."""
-    steps: int = 2000
+    steps: int = 1500
     """Optimiser steps."""
     batch: int = 128
     """Images per step."""

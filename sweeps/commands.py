@@ -242,7 +242,7 @@ def _warnings(made: Plan) -> list[str]:
 def tell(result: Result, out: Console) -> None:
     """What did not work, why, and where to read more; what to do next."""
     if result.interrupted:
-        _say(out, "stopped; the same command goes on from the last checkpoints")
+        _say(out, "stopped; the same command goes on from what is there")
         return
     for state in result.failed:
         _say(out, f"\n{state.job.name}: {state.phase}: {state.reason}")

@@ -5,7 +5,7 @@ Design choices
   and only as good as the classifier, so its accuracy is part of its identity.
 - Group norms: an image's features depend on that image alone, in training too.
 - Halved until 8 pixels or less are left on a side, at twice the channels each time, up to eight times the
-  first. At full resolution there is one convolution and no block: half the cost, and as good (docs/LOG.md).
+  first. At full resolution there is one convolution and no block, which would cost more than any other.
 - It judges samples as well: ``probabilities`` is what rejection sampling takes the best of.
 
 Shapes: B images, C channels, D features, V classes.
