@@ -14,7 +14,7 @@ HOUSES = ("scaling", "sweeps", "analysis")
 FILES = sorted(f for house in HOUSES for f in (ROOT / house).rglob("*.py"))
 TORCH_FREE = (
     *("scaling.config", "scaling.schema", "scaling.flops", "scaling.records", "scaling.process"),
-    *("scaling.requests", "scaling.steps"),
+    *("scaling.requests", "scaling.steps", "scaling.launch"),
 )
 OPEN_TO_SWEEPS = {"scaling", "scaling.config", "scaling.flops", "scaling.records"}
 OPEN_TO_ANALYSIS = {"scaling", "scaling.records"}

@@ -1,0 +1,95 @@
+"""The machine's part of a run: what must not change its result beyond rounding, and is no part of its id.
+
+Micro-batch, processes, threads, compilation, trackers, the pictures left at the end. Imported by others from
+``scaling.config``. No torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from scaling.schema import require
+
+Device = Literal["auto", "cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """The pictures that a finished run leaves beside its numbers."""
+
+    images: int = 16
+    """0 for none."""
+    guidance: float = 1.5
+    """Classifier-free guidance t: logits + t·(logits − unconditional ones); 0 for none."""
+    guidance_form: Literal["ramp", "constant"] = "ramp"
+    """ramp: t rises linearly over the steps from 0 (VAR); constant: as it is (LlamaGen, whose cfg is 1 + t;
+    raster always)."""
+    top_k: int = 0
+    top_p: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.images >= 0, f"sampling.images must not be negative, got {self.images}")
+        require(self.guidance >= 0, f"sampling.guidance must not be negative, got {self.guidance}")
+        require(self.top_k >= 0, f"sampling.top_k must not be negative, got {self.top_k}")
+        require(0 <= self.top_p <= 1, f"sampling.top_p must be 0 to 1, got {self.top_p}")
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """The machine's part: nothing here changes a result beyond rounding, or a run's id."""
+
+    processes: int = 1
+    """Processes (GPUs) per run, on each machine."""
+    machines: int = 1
+    """Machines that share every run: the same command is started on each, on one shared root."""
+    machine_rank: int = 0
+    """Which of them this one is; 0 leads, decides what runs next and keeps the records."""
+    main_address: str | None = None
+    """Host name or address of machine 0, as the others reach it."""
+    main_port: int = 29500
+    """A free port of machine 0."""
+    micro_batch: int | None = None
+    """Images per forward pass and process; None for the whole share of the global batch."""
+    threads: int | None = None
+    """CPU threads per process; None divides the cores among the runs at once."""
+    runs_at_once: int | None = None
+    """Runs trained side by side; None for as many as cores or GPUs, and memory, allow."""
+    device: Device = "auto"
+    compile: bool = False
+    attention: Literal["masked", "blockwise"] = "masked"
+    checkpoint_seconds: float = 120.0
+    """At most this much work is lost to a kill."""
+    log_every: int = 10
+    """Steps between lines of training loss and speed."""
+    wandb: Literal["off", "offline", "online"] = "off"
+    wandb_project: str = "varscale"
+    sampling: SamplingConfig = SamplingConfig()
+
+    def __post_init__(self) -> None:
+        require(self.processes >= 1, f"launch.processes must be at least 1, got {self.processes}")
+        require(self.machines >= 1, f"launch.machines must be at least 1, got {self.machines}")
+        require(
+            0 <= self.machine_rank < self.machines,
+            f"launch.machine_rank must be 0 to {self.machines - 1} with {self.machines} machines, "
+            f"got {self.machine_rank}",
+        )
+        require(
+            self.machines == 1 or self.main_address is not None,
+            f"launch.main_address (the host name of machine 0) is needed for {self.machines} machines",
+        )
+        require(
+            self.machines == 1 or self.runs_at_once in (None, 1),
+            f"launch.runs_at_once must be 1 when {self.machines} machines share a run, "
+            f"got {self.runs_at_once}",
+        )
+        require(1 <= self.main_port <= 65535, f"launch.main_port must be 1 to 65535, got {self.main_port}")
+        require(
+            self.micro_batch is None or self.micro_batch >= 1,
+            f"launch.micro_batch must be at least 1, got {self.micro_batch}",
+        )
+        for name in ("threads", "runs_at_once"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"launch.{name} must be at least 1, got {value}")
+        require(self.log_every >= 1, f"launch.log_every must be at least 1, got {self.log_every}")
