@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from analysis import plots
-from analysis.families import QUANTITY, Group
+from analysis.families import Group
+from analysis.family_pairs import QUANTITY
 from analysis.fidelity import SAMPLING, Protocol, drawing, drawn
 from analysis.study import Law, usable
 

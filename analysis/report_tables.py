@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from analysis import plots
-from analysis.families import Families, Pair
+from analysis.families import Families
+from analysis.family_pairs import Pair
 from analysis.fidelity import SAMPLING, Protocol, drawing
 from analysis.outlook import Outlook
 from analysis.study import Law, Study

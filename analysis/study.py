@@ -48,6 +48,8 @@ CONVENTIONS_OF = "loss_last"
 """The quantity whose exponents are told under other conventions."""
 WORDS = {"loss_last": "last-scale loss", "loss_avg": "average loss"}
 FORMS = {False: "without an offset", True: "with an offset"}
+NOTHING = 1e-3
+"""An offset's interval that starts below this share of its end does not exclude 0."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,21 @@ class Law:
     def status(self) -> str:
         """How the fit ended."""
         return self.law.status if self.law else self.problem
+
+    @property
+    def falls(self) -> bool:
+        """Whether the exponent is negative and its interval below 0."""
+        return self.law is not None and not self.law.no_interval() and self.law.interval()["alpha"][1] < 0
+
+    @property
+    def floor(self) -> bool:
+        """Whether a law with an offset converged, falls, and excludes that the offset is 0: the form without
+        one is rejected then."""
+        if not (self.offset and self.drawable and self.falls):
+            return False
+        assert self.law is not None
+        low, high = self.law.interval()["offset"]
+        return low > NOTHING * high
 
 
 @dataclass(frozen=True)
