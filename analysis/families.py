@@ -111,23 +111,45 @@ def compare_families(studies: Mapping[str, Study]) -> Families:
     return Families(dict(studies), groups, tuple(pairs), tuple(standings), notes)
 
 
-def tokens_of(config: Mapping[str, Any]) -> str | None:
-    """What decides the tokens of a run's last map, as text to compare; None where its config does not say.
+@dataclass(frozen=True)
+class Tokens:
+    """What decides the tokens of a run's last map."""
 
-    Where images and LPIPS weights lie is no part of what they are, as in ``scaling.schema.identity``.
+    imported: bool
+    text: str
+    """Equal for equal tokens. Of runs trained here and of imported ones it says other things, which do not
+    compare."""
+
+
+def tokens_of(run: Mapping[str, Any]) -> Tokens | None:
+    """What decides the tokens of a run (facts as in ``Study.runs``); None where its records do not say.
+
+    Trained here: its config. Where images and LPIPS weights lie is no part of what they are, as in
+    ``scaling.schema.identity``. Imported: nothing says how its tokenizer was trained, so the hash of the
+    tokenizer's weights and the fingerprint of the images stand in ``status.json``.
     """
+    config = run["config"]
     scales = config.get("model", {}).get("scales")
+    if not scales:
+        return None
+    if origin := run["status"].get("imported"):
+        told = [origin.get("tokenizer_hash"), origin.get("images")]
+        return Tokens(True, json.dumps([*told, scales[-1]])) if all(told) else None
     parts = [config.get(part) for part in ("data", "tokenizer", "tokenizer_train")]
-    if not scales or not all(isinstance(part, dict) for part in parts):
+    if not all(isinstance(part, dict) for part in parts):
         return None
     kept = [{k: v for k, v in part.items() if k not in ("path", "lpips_weights")} for part in parts if part]
-    return json.dumps([*kept, scales[-1]], sort_keys=True)
+    return Tokens(False, json.dumps([*kept, scales[-1]], sort_keys=True))
+
+
+def _kinds(study: Study) -> set[Tokens | None]:
+    return {tokens_of(run) for run in study.runs}
 
 
 def _groups(studies: Mapping[str, Study]) -> tuple[Group, ...]:
-    by_tokens: dict[str, list[Study]] = {}
+    by_tokens: dict[Tokens | str, list[Study]] = {}
     for family, study in studies.items():
-        found = {tokens_of(run["config"]) for run in study.runs}
+        found = _kinds(study)
         same = found.pop() if len(found) == 1 else None
         by_tokens.setdefault(same or f"of {family} alone", []).append(study)
     return tuple(Group(tuple(group)) for group in by_tokens.values())
@@ -136,15 +158,8 @@ def _groups(studies: Mapping[str, Study]) -> tuple[Group, ...]:
 def _notes(studies: Mapping[str, Study], groups: tuple[Group, ...]) -> Iterator[str]:
     """What the comparison is of, and what it is not."""
     for group in groups:
-        if len({tokens_of(run["config"]) for study in group.studies for run in study.runs}) > 1:
-            yield f"the runs of {group.families[0]} have tokens of more than one kind: compared with nothing"
-            continue
         if len(group.studies) == 1:
-            others = [name for name in studies if name not in group.families]
-            yield (
-                f"{group.families[0]} was trained on other tokens than {listed(others)}: its loss is the "
-                "cross-entropy of something else and is never put on an axis with theirs"
-            )
+            yield from _alone(group.families[0], studies)
             continue
         by_token = [family for family in group.families if family in NEXT_TOKEN]
         by_scale = [family for family in group.families if family not in NEXT_TOKEN]
@@ -155,6 +170,37 @@ def _notes(studies: Mapping[str, Study], groups: tuple[Group, ...]) -> Iterator[
             yield f"not trained alike, so a difference need not be the family's: {differing}"
     if sum(len(group.studies) > 1 for group in groups):
         yield "the intervals are of each pair by itself, not of all pairs together"
+
+
+def _alone(family: str, studies: Mapping[str, Study]) -> Iterator[str]:
+    """Why a family is compared with nothing; that tokens are other ones only where that is known."""
+    mine = _kinds(studies[family])
+    if len({tokens.imported for tokens in mine if tokens}) > 1:
+        yield (
+            f"some runs of {family} are imported and some were trained here: whether their tokens are the "
+            "same is not known; compared with nothing"
+        )
+        return
+    if len(mine) > 1:
+        yield f"the runs of {family} have tokens of more than one kind: compared with nothing"
+        return
+    (tokens,) = mine
+    theirs = {name: _kinds(study) for name, study in studies.items() if name != family}
+    other = [
+        name
+        for name, kinds in theirs.items()
+        if tokens and all(k and k.imported == tokens.imported for k in kinds)
+    ]
+    if other:
+        yield (
+            f"{family} was trained on other tokens than {listed(other)}: its loss is the "
+            "cross-entropy of something else and is never put on an axis with theirs"
+        )
+    if unknown := [name for name in theirs if name not in other]:
+        yield (
+            f"whether the tokens of {family} are those of {listed(unknown)} is not known: its loss is not "
+            "put on an axis with theirs"
+        )
 
 
 def _sizes(group: Group) -> str:
@@ -195,7 +241,7 @@ def headline(found: Families) -> str:
     said = [_said_of(group, found) for group in found.shared]
     if said:
         return f"{names} compared: {'; '.join(said)}."
-    return f"{names}: no two of them were trained on the same tokens, so their losses do not compare."
+    return f"{names}: no two of them are known to have the same tokens, so their losses do not compare."
 
 
 def _said_of(group: Group, found: Families) -> str:

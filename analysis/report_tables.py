@@ -26,7 +26,7 @@ def run_rows(study: Study) -> list[dict[str, Any]]:
         row: dict[str, Any] = {
             "run": run["run"],
             "depth": run["depth"],
-            "seed": run["seed"],
+            "seed": "imported" if run["imported"] else run["seed"],
             "state": run["state"],
         }
         last = part.iloc[-1] if len(part) else None

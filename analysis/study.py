@@ -28,7 +28,7 @@ from analysis.frontier import Frontier, pareto_frontier
 from analysis.outlook import Outlook, look_ahead
 from analysis.powerlaw import PowerLaw, fit_power_law
 from analysis.records import QUANTITIES, Records, read_records
-from analysis.seeds import fit_seeds
+from analysis.seeds import fit_seeds, places_of
 from analysis.tidy import repeated_data
 from scaling.records import ListedRun, RecordsError, RunFolder
 
@@ -291,10 +291,11 @@ def _unreadable(records: Records) -> Iterator[str]:
 
 
 def _fit_final(final: pd.DataFrame, quantity: str, offset: bool) -> tuple[PowerLaw | None, str]:
-    if not final["params"].duplicated().any():
+    places = places_of(final, ["params"])
+    if not places.duplicated().any():
         return _try_fit(final["params"], final[quantity], offset)
     try:
-        return fit_seeds(final["params"], final[quantity], final["depth"], offset), ""
+        return fit_seeds(final["params"], final[quantity], places, offset), ""
     except DataError as error:
         return None, str(error)
 
@@ -313,10 +314,10 @@ def _forecasts(frame: pd.DataFrame) -> tuple[dict[str, tuple[tuple[bool, Forecas
     problems: dict[str, list[str]] = {}
     for quantity in QUANTITIES:
         final = _finished(frame[usable(frame, quantity)])
-        several = final["params"].duplicated().any()
+        places = places_of(final, ["params"])
         rows: list[tuple[bool, Forecast]] = []
         for offset in (False, True):
-            groups = final["depth"] if several and not offset else None
+            groups = places if places.duplicated().any() and not offset else None
             try:
                 said = backtest(final["params"], final[quantity], offset, groups=groups, level=LEVEL)
                 rows += [(offset, f) for f in said]
@@ -343,8 +344,10 @@ def _cautions(frame: pd.DataFrame) -> Iterator[str]:
         return
     if len(depths) < 8:
         yield f"only {len(depths)} depth{'s' if len(depths) > 1 else ''} finished ({_list(depths)})"
-    seeds = final.groupby("depth")["seed"].nunique()
-    if seeds.max() == 1:
+    seeds = final[~final["imported"]].groupby("depth")["seed"].nunique()
+    if not len(seeds):
+        yield "every finished run is imported: nothing shows the scatter between seeds"
+    elif seeds.max() == 1:
         yield "one seed per depth: the scatter between seeds is seen only as scatter around the law"
     else:
         yield (
@@ -352,7 +355,7 @@ def _cautions(frame: pd.DataFrame) -> Iterator[str]:
             "independent units, laws with one are fitted to the depths' geometric means; the forecast with "
             "an offset takes the runs as independent"
         )
-    if seeds.max() > seeds.min():
+    if len(seeds) and seeds.max() > seeds.min():
         counts = ", ".join(f"d{depth}: {count}" for depth, count in seeds.items())
         yield f"unequal numbers of seeds ({counts}); depths with more weigh more"
     spread = final["tokens"].max() / final["tokens"].min()

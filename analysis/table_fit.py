@@ -23,6 +23,7 @@ import numpy as np
 from analysis.errors import DataError, printable
 from analysis.files import plain, write_bytes
 from analysis.records import load_runs
+from analysis.seeds import places_of
 from analysis.tables import load_table, require
 from analysis.tidy import FORMS, Form, Ready, ready, rows_of
 from scaling.records import write_atomic, write_json
@@ -213,9 +214,9 @@ def _groups(frame: pd.DataFrame, column: str | None, xs: list[str]) -> tuple[np.
         return frame[column].to_numpy(), f"column '{column}'", False
     if "run" in frame and frame["run"].notna().all() and frame["run"].duplicated().any():
         return frame["run"].to_numpy(), "runs, of which some have several rows", False
-    if "seed" in frame and frame.groupby(xs)["seed"].nunique().max() > 1:
-        places = frame.groupby(xs).ngroup().to_numpy()
-        return places, f"rows of equal {' and '.join(xs)}, of which some have several seeds", True
+    places = places_of(frame, xs)
+    if "seed" in frame and frame.groupby(places)["seed"].nunique().max() > 1:
+        return places.to_numpy(), f"rows of equal {' and '.join(xs)}, of which some have several seeds", True
     return None, "none, every row is taken as independent", False
 
 
