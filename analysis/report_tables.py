@@ -9,7 +9,7 @@ from typing import Any
 from analysis import plots
 from analysis.families import Families
 from analysis.family_pairs import Pair
-from analysis.fidelity import SAMPLING, Protocol, drawing
+from analysis.fidelity import DRAWS, SAMPLING, Protocol, drawing
 from analysis.outlook import Outlook
 from analysis.study import Law, Study
 
@@ -204,7 +204,8 @@ def fidelity_rows(protocol: Protocol, families: Sequence[str]) -> list[dict[str,
                 "fid": _short(row["fid"]),
                 "is": _short(score) + ("" if math.isnan(spread) else f" ± {_short(spread)}"),
                 "precision": _short(row["precision"]), "recall": _short(row["recall"]),
-                "drawing": drawing([row[key] for key in SAMPLING]),
+                "drawing": drawing([row[key] for key in SAMPLING])
+                + (f"; mean of {row[DRAWS]} seeds" if row[DRAWS] > 1 else ""),
             }
         )  # fmt: skip
     return rows

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
@@ -70,7 +69,7 @@ def test_a_family_that_is_trained_and_imported_is_said_to_be_so(tmp_path: Path) 
 
 @pytest.fixture
 def mixed(tmp_path: Path) -> Path:
-    """Depths 1 to 5 trained once, and a published checkpoint of depth 5, with another seed's name."""
+    """Depths 1 to 4 trained once, and a published checkpoint of depth 4 whose config has another seed."""
     folder = fabricate.sweep(tmp_path, depths=(1, 2, 3, 4), noise=1e-3)
     other = fabricate.sweep(tmp_path / "other", depths=(4,), seeds=(1,), noise=1e-3, rng_seed=5)
     run = folder / "imported-var_d4-0123456789"
@@ -112,9 +111,7 @@ def test_imported_points_have_a_marker_of_their_own(mixed: Path) -> None:
     for name in ("loss_last_vs_params", "loss_last_vs_compute", "loss_last_curves", "loss_by_scale"):
         assert "published checkpoint, evaluated here" in drawn[name], name
     alone = make_report(fabricate.sweep(mixed.parent / "alone", depths=(1, 2, 3)))
-    assert not re.search(
-        "published checkpoint", (alone.parent / "figures/loss_last_vs_params.svg").read_text()
-    )
+    assert "published" not in (alone.parent / "figures/loss_last_vs_params.svg").read_text()
 
 
 def test_imported_points_of_families_have_it_too(tmp_path: Path) -> None:
