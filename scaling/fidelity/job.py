@@ -8,7 +8,7 @@
   evaluation beside it, so that FID is plotted against them as loss is. Another setting (guidance,
   extractor, number of images) is another line. A run that has a line of this setting is not measured again,
   so a job that was stopped goes on with the next run.
-- The reference is looked at once for all runs of the same data, and kept beside the request for later ones.
+- The reference is looked at once for all runs of the same data, and kept beside the folders of the jobs.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ def measure_runs(
     subjects = [subject(RunFolder(run), request.data_path) for run in asked.runs]
     extractor = load_extractor(request.chosen, _weights(request, subjects[0]), device)
     counter = Counter(job, share.world)
-    references = References(request, extractor, place.path, share, counter)
+    references = References(request, extractor, place.path.parent, share, counter)
     known = [
         _known(
             s,
