@@ -209,7 +209,7 @@ def measure_runs(
             reference = references.of(one.config.data)
             opened = open_model(one.folder.path, request.tokenizer, device)
             result = measure(
-                sampler(opened, request.sampling), request.images, reference, extractor,
+                sampler(opened, request.sampling(request.images)), request.images, reference, extractor,
                 batch=request.batch, keep=request.manifold, share=share,
                 progress=lambda done: counter.update(done, request.images),
             )  # fmt: skip
@@ -232,7 +232,7 @@ def _weights(request: FidelityRequest, first: Subject) -> str | None:
 
 def drawn_how(subject: Subject, request: FidelityRequest) -> dict[str, Any]:
     """How a run's pictures are drawn: as asked, but for a family that knows one form of guidance only."""
-    how = {key: getattr(request.sampling, key) for key in SAMPLING}
+    how = {key: getattr(request.sampling(request.images), key) for key in SAMPLING}
     own = FAMILIES[subject.config.model.family].guidance
     return how if own is None else how | {"guidance_form": own}
 
