@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from scaling.launch import Device, LaunchConfig, SamplingConfig
@@ -117,6 +117,10 @@ class TokenizerRunConfig:
             self.train.lpips_weights is None or self.train.lpips_sha256 is not None,
             "tokenizer_train.lpips_sha256 is not known yet",
         )
+
+    def effective(self) -> TokenizerRunConfig:
+        """With what the other kind of tokenizer alone uses at its default."""
+        return replace(self, train=self.train.effective_for(self.tokenizer))
 
     @property
     def run_id(self) -> str:
@@ -291,6 +295,10 @@ class TrainConfig:
         )
         require(0 <= self.warmup < 1, f"train.warmup is a share of training, 0 to 1, got {self.warmup}")
 
+    def effective(self) -> TrainConfig:
+        """``lr_base`` does nothing beside ``lr``."""
+        return self if self.lr is None else replace(self, lr_base=TrainConfig.lr_base)
+
     @property
     def peak_lr(self) -> float:
         """The learning rate after warm-up."""
@@ -387,6 +395,10 @@ class RunConfig:
         require(
             self.model.num_classes == self.data.num_classes, "model.num_classes differs from data.num_classes"
         )
+
+    def effective(self) -> RunConfig:
+        """With what the other kind of tokenizer alone uses at its default."""
+        return replace(self, tokenizer_train=self.tokenizer_train.effective_for(self.tokenizer))
 
     @property
     def run_id(self) -> str:
