@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from scaling.config import PAPER_SCALES, PUBLISHED_SIDE, ModelConfig
 from scaling.families.registry import build
 from scaling.schema import ConfigError, require
+from scaling.steps import proportional_sizes
 
 PUBLISHED_SCALES = (PAPER_SCALES, (1, 2, 3, 4, 6, 9, 13, 18, 24, 32))
 """Of the published models for 256 and 512 px."""
@@ -66,7 +67,7 @@ def told_config(state: Mapping[str, Tensor], scales: Sequence[int] | None = None
 
     Scales: of a VAR from the level of every position, which is stored, else by the number of positions if it
     is a published model's; of a FlexVAR, which has no scales of its own, the ten of the paper if its largest
-    map is 16 × 16.
+    map is 16 × 16, else those of them that are smaller, and further ones up to its largest map.
 
     Raises:
         ConfigError: keys are missing; scales that do not fit, or that nothing tells.
@@ -134,8 +135,7 @@ def _sides(level_1L: Tensor) -> tuple[int, ...] | None:
 def _flexvar_scales(side: int, given: Sequence[int] | None) -> tuple[int, ...]:
     """Scales of a FlexVAR whose largest trained map has this side."""
     if given is None:
-        require(side == PAPER_SCALES[-1], f"trained for maps up to {side} x {side}: give --scales")
-        return PAPER_SCALES
+        return tuple(side for side, _ in proportional_sizes((side, side), PAPER_SCALES))
     require(
         given[-1] == side, f"scales must end with the largest trained map's side {side}, got {list(given)}"
     )

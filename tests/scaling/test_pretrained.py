@@ -150,10 +150,27 @@ class TestScales:
     def test_flexvar(self) -> None:
         config = model_config("flexvar", scales=(1, 2, 4))
         state = transformer_to_published(config, weights(config))
-        with pytest.raises(ConfigError, match="up to 4 x 4: give --scales"):
-            told_config(state)
+        assert told_config(state).scales == (1, 2, 3, 4)
+        assert told_config(state, (1, 2, 4)).scales == (1, 2, 4)
         with pytest.raises(ConfigError, match=r"must end with .* 4, got \[1, 3\]"):
             told_config(state, (1, 3))
+
+    @pytest.mark.parametrize(
+        ("side", "scales"),
+        [
+            (8, (1, 2, 3, 4, 5, 6, 8)),
+            (16, (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)),
+            (20, (1, 2, 3, 4, 5, 6, 8, 10, 13, 16, 18, 20)),
+            (24, (1, 2, 3, 4, 5, 6, 8, 10, 13, 16, 20, 24)),
+        ],
+    )
+    def test_a_flexvar_of_any_side_has_steps(self, side: int, scales: tuple[int, ...]) -> None:
+        """So that it can be sampled and edited, where --scales are the steps of the picture."""
+        config = model_config("flexvar", scales=(1, side))
+        state = transformer_to_published(config, weights(config))
+        told = told_config(state)
+        assert told.scales == scales
+        assert told.step_schedule == ("published" if side == 16 else "paper")
 
 
 class TestWrongFiles:
