@@ -18,8 +18,6 @@ from torch import Tensor
 from scaling.config import TokenizerConfig, require
 from scaling.tokenizer.vqvae import Tokenizer
 
-VAR_TOKENIZER = TokenizerConfig()
-"""``vae_ch160v4096z32``, at VAR's ten scales of 256 px."""
 FLEXVAR_TOKENIZER = TokenizerConfig(
     vocab=8912, channels=128, scales=tuple(range(1, 17)), quantizer="scalable", z_channels=256
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from scaling import flops
-from scaling.config import ConfigError, Family, ModelConfig, RunConfig
+from scaling.config import ConfigError, Family, ModelConfig, RunConfig, StepSchedule
 from scaling.data.cache import open_cache
 from scaling.evaluation import per_scale, token_losses
 from scaling.families.registry import FAMILIES, build
@@ -175,3 +176,21 @@ def test_what_does_not_fit_is_refused(family: Family, model: dict[str, object], 
     options = {"vocab": 16, "latent_channels": 4, "scales": TOKENIZER.scales, "num_classes": 3} | model
     with pytest.raises(ConfigError, match=message):
         dataclasses.replace(config, model=ModelConfig.from_depth(1, family=family, **options))  # type: ignore[arg-type]
+
+
+DRAWS = {
+    "published": "f84998abb625e59419540f6e9c4bf85112f213c8866042f279b304f0de7ccb43",
+    "paper": "4ce75441c85db1e9272e2e6da01d21437ba2c2702be0ed198a9c44fa10885bc0",
+}
+"""SHA-256 of the steps of the first 1000 training steps of seed 0."""
+
+
+@pytest.mark.parametrize("schedule", DRAWS)
+def test_random_steps_are_those_of_every_version_of_python(schedule: StepSchedule) -> None:
+    """The published ones take Python's sample and choice, whose values no version promises to the next: where
+    this fails, runs that are resumed or compared across versions have seen other steps."""
+    model = ModelConfig.from_depth(1, family="flexvar", step_schedule=schedule)
+    drawn = [step_scales(model, 0, step) for step in range(1000)]
+    if schedule == "published":
+        assert drawn[:2] == [(1, 2, 4, 5, 6, 8, 9, 12, 16), (1, 2, 3, 4, 5, 6, 9, 15, 16)]
+    assert hashlib.sha256(repr(drawn).encode()).hexdigest() == DRAWS[schedule]
