@@ -256,6 +256,23 @@ def test_with_all_tokens_known_every_cell_is_the_tokenizers_picture(
     assert len(np.unique(sheets[0])) > 10
 
 
+def test_first_steps_of_runs_with_other_steps_are_refused(
+    flexvar: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same first steps would be other tokens."""
+    copy = tmp_path / "sweep"
+    shutil.copytree(flexvar.parent, tmp_path, dirs_exist_ok=True)
+    (file,) = copy.glob("flexvar-d2*/config.json")
+    config = json.loads(file.read_text())
+    config["model"]["scales"] = config["model"]["scales"][-1:]
+    write_json(file, config)
+    message = refused(capsys, "stages", copy, "--first", 1)
+    assert message == (
+        "--first 1 needs runs of the same steps, these have [1, 2] and [2]; choose with --depths"
+    )
+    command("stages", copy, "--first", 1, "--depths", 1)
+
+
 def test_a_damaged_snapshot_is_one_line(
     sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
