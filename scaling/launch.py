@@ -61,6 +61,15 @@ class LaunchConfig:
     attention: Literal["masked", "blockwise"] = "masked"
     checkpoint_seconds: float = 120.0
     """At most this much work is lost to a kill."""
+    retries: int = 2
+    """How often a job that crashed, was killed or hung is started again without having got further since."""
+    retry_seconds: float = 10.0
+    """Pause before the first of these; it doubles each time. Other runs go on meanwhile."""
+    retry_diverged: bool = False
+    """Train a run whose loss diverged once more, from its last checkpoint but one. Only what is not
+    deterministic (rounding on a GPU, a faulty device) can make it end otherwise: on a CPU nothing does."""
+    hang_seconds: float = 1800.0
+    """A job without any progress for so long is ended, with all its processes, and tried again."""
     log_every: int = 10
     """Steps between lines of training loss and speed."""
     wandb: Literal["off", "offline", "online"] = "off"
@@ -92,4 +101,9 @@ class LaunchConfig:
         for name in ("threads", "runs_at_once"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"launch.{name} must be at least 1, got {value}")
+        require(self.retries >= 0, f"launch.retries must not be negative, got {self.retries}")
+        require(
+            self.retry_seconds >= 0, f"launch.retry_seconds must not be negative, got {self.retry_seconds}"
+        )
+        require(self.hang_seconds > 0, f"launch.hang_seconds must be positive, got {self.hang_seconds}")
         require(self.log_every >= 1, f"launch.log_every must be at least 1, got {self.log_every}")

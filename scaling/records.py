@@ -4,7 +4,8 @@
     <folder>/costs.json        a transformer run's parameters and FLOPs by part (scaling.flops)
     <folder>/metrics.jsonl     one JSON object a line, appended; a torn last line is ignored
     <folder>/status.json       state, attempt, step, heartbeat, error; replaced atomically, by one process
-    <folder>/failure.json      error and exit code of the process that failed first, in this attempt
+    <folder>/failure.json      error, exit code and cause of the process that failed first, in this attempt
+    <folder>/memory.json       the micro-batch that fitted into a device's memory (scaling.memory)
     <folder>/data.json         fingerprint of the images that a tokenizer or a token cache is made from
     <folder>/checkpoints/      step-<n>/ folders of safetensors and JSON (scaling.checkpoint)
     <folder>/snapshots/        step-<n>.safetensors: weights along the way, if the config asks for any
@@ -261,8 +262,8 @@ class RunFolder:
     def status(self) -> dict[str, Any]:
         """``state`` and what else was set; ``{"state": "waiting"}`` before the first start.
 
-        After a failure the state is ``failed``, with the ``error`` and ``exit_code`` of the process that
-        failed first, whatever the others went on to write.
+        After a failure the state is ``failed``, with the ``error``, ``exit_code`` and ``cause`` of the
+        process that failed first, whatever the others went on to write.
         """
         failure = _read_if_there(self._failure, {})  # before the rest: it may be forgotten at this moment
         return self._own_status() | failure
@@ -289,13 +290,14 @@ class RunFolder:
             raise ValueError(f"unknown state {state!r}")
         known = self._own_status()
         if state in ("running", "done"):
-            known.pop("error", None)
-            known.pop("exit_code", None)
+            for name in ("error", "exit_code", "cause"):
+                known.pop(name, None)
         write_json(self.path / "status.json", known | more | {"state": state, "heartbeat": time.time()})
 
-    def fail(self, error: str, exit_code: int) -> None:
+    def fail(self, error: str, exit_code: int, cause: str) -> None:
         """Record a failure, from any process of a job and at any time; only the first one counts."""
-        value = {"state": "failed", "error": error, "exit_code": exit_code, "heartbeat": time.time()}
+        value = {"state": "failed", "error": error, "exit_code": exit_code, "cause": cause}
+        value["heartbeat"] = time.time()
         with (self.path / ".failure.lock").open("a") as guard:
             fcntl.flock(guard, fcntl.LOCK_EX)
             if not self._failure.exists():

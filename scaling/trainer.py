@@ -9,17 +9,17 @@
   micro-batches; the loss is divided by the global token count, so accumulation changes only rounding.
 - No synchronisation inside the loop but at log points, where losses leave the device, and where
   several processes agree on leaving (``scaling.agreement``).
+- When memory runs out the step is taken again in smaller micro-batches (``scaling.memory``); a run whose
+  loss diverges is given up (``scaling.divergence``).
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
@@ -29,6 +29,9 @@ from torch import Tensor, nn
 from scaling import flops
 from scaling.agreement import Agreement, same_start
 from scaling.checkpoint import (
+    NotFiniteError,
+    check_finite,
+    forget_newest,
     load_checkpoint,
     optimizer_tensors,
     restore_module,
@@ -38,24 +41,21 @@ from scaling.checkpoint import (
 )
 from scaling.clock import Clock, device_name, peak_memory
 from scaling.config import PUBLISHED_SIDE, ConfigError, Device, LaunchConfig, Precision, RunConfig, from_dict
-from scaling.data.cache import CachedSplit, TokenCache, open_cache
-from scaling.data.sampler import batch_indices, batch_views
-from scaling.draws import step_draws
-from scaling.evaluation import evaluate, per_scale, token_losses
-from scaling.families.registry import FAMILIES, build, family_model
+from scaling.data.cache import TokenCache, open_cache
+from scaling.divergence import Divergence
+from scaling.evaluation import evaluate
+from scaling.families.registry import build, family_model
 from scaling.generation import sample_grid
+from scaling.memory import out_of_memory
 from scaling.mirror import Mirror
-from scaling.process import Interrupted, JobProcess, recorded_failure, run_job
+from scaling.process import DivergedError, Interrupted, JobProcess, recorded_failure, run_job
 from scaling.records import RunFolder, finite, read_json
 from scaling.schedule import learning_rate, weight_decay
-from scaling.steps import step_scales, token_columns
+from scaling.steps import step_scales
 from scaling.tokenizer.vqvae import Tokenizer, load_tokenizer
+from scaling.training_step import Batches, rehearse, train_step
 
 EVAL_BATCH = 64
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on (a loss that is not a number); the run is marked failed and never fitted."""
 
 
 def train(
@@ -83,14 +83,21 @@ def _train(
     with JobProcess(folder, accelerator.is_main_process, accelerator.wait_for_everyone) as job:
         if accelerator.is_main_process:
             folder.write_costs(flops.costs(config))
+            if job.after_divergence:
+                forget_newest(folder.checkpoints)  # finite, but perhaps on its way already
+        accelerator.wait_for_everyone()
         state = State(config, launch, accelerator, tokenizer)
         start, total = state.resume(folder), config.total_steps
         train_split, val_split = cache.split("train"), cache.split("val")
         mirror = Mirror(accelerator, config, launch, folder, start)
-        batches = Batches(config, launch, accelerator, train_split)
+        batches = Batches(config, launch, accelerator, train_split, folder)
+        before = [r["loss_avg"] for r in folder.metrics("train") if r["step"] <= start]
+        divergence = Divergence(config.model.vocab, accelerator.scaler is not None, before)
         eval_steps, snapshots = set(config.eval_steps), set(config.snapshot_steps.values())
         clock = Clock(launch.checkpoint_seconds)
         agreement, spent = Agreement(accelerator, start), flops.spent(config, start)
+        if start < total and accelerator.num_processes > 1:
+            rehearse(state, batches)
         for step in range(start, total):
             set_rates(state.optimizer, config, step)
             scales = step_scales(config.model, config.seed, step)
@@ -100,20 +107,20 @@ def _train(
             if done % launch.log_every == 0 or done == total:
                 values = training_record(config, accelerator, sums, done, spent, train_split.images)
                 speed = clock.lap(done - start) * config.train.batch
-                if not finite(values["loss_avg"]):
-                    raise TrainingError(f"the loss became {values['loss_avg']} at step {done}")
+                job.beat(step=done, total_steps=total)
+                divergence.look(values["loss_avg"], values["grad_norm"], done)
                 mirror.log(values | {"images_per_second": speed})
-                job.beat(step=done, total_steps=total, loss=values["loss_avg"], images_per_second=speed)
+                job.beat(loss=values["loss_avg"], images_per_second=speed)
             if done in eval_steps:
                 with clock.paused():
                     evaluation = evaluate(
                         state.bare, config.model, state.quantizer, val_split, accelerator,
                         cached=config.tokenizer.scales, images=config.evaluation.images,
-                        batch=launch.micro_batch or EVAL_BATCH,
+                        batch=launch.micro_batch or EVAL_BATCH, on_batch=job.should_stop,
                     )  # fmt: skip
                 record = evaluation_record(config, done, spent, train_split.images) | evaluation.record()
                 if not finite(record["loss_avg"]):
-                    raise TrainingError(f"the validation loss became {record['loss_avg']} at step {done}")
+                    raise DivergedError(f"the validation loss became {record['loss_avg']} at step {done}")
                 mirror.log(record)
             if done in snapshots and accelerator.is_main_process:
                 with clock.paused():
@@ -128,7 +135,8 @@ def _train(
         if start < total:
             state.save(folder, total)
         finish(folder, config, launch, state, tokenizer)
-        job.beat(step=total, total_steps=total, **machine_facts(config, launch, accelerator, clock))
+        facts = machine_facts(config, accelerator, clock) | {"micro_batch": batches.micro.size}
+        job.beat(step=total, total_steps=total, **facts)
         mirror.close()
         accelerator.wait_for_everyone()
 
@@ -156,17 +164,25 @@ class State:
         self.model.train()
 
     def save(self, folder: RunFolder, step: int) -> None:
-        """Write the checkpoint of ``step`` (main process; the others wait)."""
+        """Write the checkpoint of ``step`` (main process; the others wait).
+
+        Raises:
+            DivergedError: (in all of them) weights or moments are not finite any more.
+        """
+        tensors = {
+            "model": {n: t.detach() for n, t in self.bare.state_dict().items()},
+            "optimizer": optimizer_tensors(self.optimizer.optimizer, self.names),
+        }
+        try:
+            check_finite(tensors)
+        except NotFiniteError as error:
+            raise DivergedError(f"after step {step} {error}") from None
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler
             facts = {
                 "step": step,
                 "tokenizer": self.tokenizer_hash,
                 "scaler": scaler.state_dict() if scaler is not None else None,
-            }
-            tensors = {
-                "model": {n: t.detach() for n, t in self.bare.state_dict().items()},
-                "optimizer": optimizer_tensors(self.optimizer.optimizer, self.names),
             }
             folder.sync()  # lines behind the checkpoint would never be written again
             save_checkpoint(folder.checkpoints, step, tensors, facts)
@@ -194,75 +210,6 @@ class State:
         if checkpoint.state["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
         return checkpoint.step
-
-
-class Batches:
-    """This process's micro-batches of each global batch."""
-
-    def __init__(
-        self, config: RunConfig, launch: LaunchConfig, accelerator: Accelerator, split: CachedSplit
-    ) -> None:
-        self.config, self.split, self.device = config, split, accelerator.device
-        batch, world = config.train.batch, accelerator.num_processes
-        if batch < world:
-            raise ConfigError(f"train.batch {batch} is smaller than the {world} processes that share it")
-        shares = np.array_split(np.arange(batch), world)
-        # Every process takes the same number of micro-batches: gradients are exchanged on the last.
-        largest = len(shares[0])
-        micros = min(-(-largest // (launch.micro_batch or largest)), len(shares[-1]))
-        self.rows = np.array_split(shares[accelerator.process_index], micros)
-
-    def micro_batches(self, step: int, scales: tuple[int, ...]) -> list[tuple[Tensor, Tensor, Tensor | None]]:
-        """Tokens (b, L) of these scales, labels (b,) after label drop, and drop-path factors (depth, 2, b),
-        on the device."""
-        config, n = self.config, self.split.images
-        batch, seed = config.train.batch, config.seed
-        indices, views = batch_indices(seed, step, batch, n), batch_views(step, batch, n, config.data.views)
-        draws = step_draws(config.model, seed, step, batch)
-        labels = np.where(draws.drop_label, config.model.num_classes, self.split.labels[indices])
-        columns = None
-        if scales != config.tokenizer.scales:
-            columns = token_columns(config.tokenizer.scales, scales)
-        micro = []
-        for rows in self.rows:
-            cached = self.split.tokens(indices[rows], views[rows])
-            tokens = (cached if columns is None else cached[:, columns]).astype(np.int64)
-            path = None if draws.path_scale is None else torch.from_numpy(draws.path_scale[:, :, rows])
-            micro.append((
-                torch.from_numpy(tokens).to(self.device, non_blocking=True),
-                torch.from_numpy(labels[rows]).to(self.device, non_blocking=True),
-                None if path is None else path.to(self.device, non_blocking=True),
-            ))  # fmt: skip
-        return micro
-
-
-def train_step(state: State, batches: Batches, step: int, scales: tuple[int, ...]) -> dict[str, Tensor]:
-    """One optimiser step on token maps of these sides; returns sums over this process's images, on the
-    device."""
-    accelerator, config = state.accelerator, state.config
-    inputs, sizes = FAMILIES[config.model.family].inputs, tuple((side, side) for side in scales)
-    micro = batches.micro_batches(step, scales)
-    global_tokens = config.train.batch * sum(side * side for side in scales)
-    sums: dict[str, Tensor] = {}
-    for index, (tokens_BL, labels_B, path_scale) in enumerate(micro):
-        last = index == len(micro) - 1
-        with torch.no_grad():
-            given = inputs(state.quantizer, tokens_BL, sizes)
-        with contextlib.nullcontext() if last else accelerator.no_sync(state.model):
-            with accelerator.autocast():
-                logits_BLV = state.model(labels_B, given, path_scale, sizes)
-            loss_BL, wrong_BL = token_losses(logits_BLV, tokens_BL)
-            # DDP averages gradients over processes, so each contributes its sum times their number.
-            accelerator.backward(loss_BL.sum() * (accelerator.num_processes / global_tokens))
-        for name, values_BL in (("loss", loss_BL.detach()), ("error", wrong_BL)):
-            by_scale = per_scale(values_BL, scales).sum(dim=0)
-            for part, value in (("avg", values_BL.mean(dim=1).sum()), ("last", by_scale[-1])):
-                key = f"{name}_{part}"
-                sums[key] = sums[key] + value if key in sums else value
-    sums["grad_norm"] = accelerator.clip_grad_norm_(state.model.parameters(), config.train.clip)
-    state.optimizer.step()
-    state.optimizer.zero_grad()
-    return sums
 
 
 def decay_groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -343,10 +290,17 @@ def finish(
         return
     state.bare.eval()
     tokenizer.to(state.accelerator.device)
-    sample_grid(
-        family_model(state.bare), tokenizer, launch.sampling, config.model.num_classes,
-        folder.path / "samples.png",
-    )  # fmt: skip
+    try:
+        sample_grid(
+            family_model(state.bare), tokenizer, launch.sampling, config.model.num_classes,
+            folder.path / "samples.png",
+        )  # fmt: skip
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        print(
+            "out of memory: no pictures are drawn; 'sample' can draw them from the weights", file=sys.stderr
+        )
 
 
 def write_weights(model: nn.Module, target: Path) -> None:
@@ -358,9 +312,7 @@ def write_weights(model: nn.Module, target: Path) -> None:
     aside.replace(target)
 
 
-def machine_facts(
-    config: RunConfig, launch: LaunchConfig, accelerator: Accelerator, clock: Clock
-) -> dict[str, Any]:
+def machine_facts(config: RunConfig, accelerator: Accelerator, clock: Clock) -> dict[str, Any]:
     """What this machine took, for ``status.json``."""
     facts: dict[str, Any] = {
         "device": device_name(accelerator.device),

@@ -146,7 +146,7 @@ def test_the_others_enter_after_the_main_process(tmp_path: Path) -> None:
     """Else it would take a failure of theirs for one of the attempt before, and forget it."""
     folder, waited = RunFolder(tmp_path), []
     folder.set_status("running", attempt=1)
-    folder.fail("of the attempt before", 1)
+    folder.fail("of the attempt before", 1, "error")
 
     def wait() -> None:
         waited.append(folder.status()["state"])

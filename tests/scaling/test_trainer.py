@@ -23,10 +23,10 @@ from scaling import flops
 from scaling.checkpoint import load_checkpoint
 from scaling.config import ConfigError, LaunchConfig, RunConfig, SamplingConfig
 from scaling.data.cache import open_cache
-from scaling.process import Interrupted, JobProcess
+from scaling.process import DivergedError, Interrupted, JobProcess
 from scaling.records import RunFolder
 from scaling.tokenizer.vqvae import load_tokenizer
-from scaling.trainer import TrainingError, make_accelerator, train
+from scaling.trainer import make_accelerator, train
 from tests.scaling import tiny
 
 TIMES = {"images_per_second"}
@@ -260,7 +260,7 @@ def test_blockwise_attention_changes_only_rounding(
 
 
 def test_a_loss_that_is_no_number_fails_the_run(chain: tuple[Path, Path], tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match=r"loss became nan at step"):
+    with pytest.raises(DivergedError, match=r"loss became nan at step"):
         run(tmp_path / "run", chain, tiny.run_config(lr=1e30, clip=1e30))
     status = RunFolder(tmp_path / "run").status()
     assert status["state"] == "failed"
@@ -282,12 +282,12 @@ def test_fp16_without_a_gpu_is_refused(tmp_path: Path) -> None:
 def test_a_batch_smaller_than_the_processes_is_refused(chain: tuple[Path, Path]) -> None:
     from types import SimpleNamespace
 
-    from scaling.trainer import Batches
+    from scaling.training_step import Batches
 
     accelerator = SimpleNamespace(num_processes=9, process_index=0, device=torch.device("cpu"))
     split = open_cache(chain[0]).split("train")
     with pytest.raises(ConfigError, match=r"train\.batch 8 is smaller than the 9 processes"):
-        Batches(tiny.run_config(), tiny.LAUNCH, accelerator, split)  # type: ignore[arg-type]
+        Batches(tiny.run_config(), tiny.LAUNCH, accelerator, split, RunFolder(chain[0]))  # type: ignore[arg-type]
 
 
 def test_wandb_mirror_holds_every_point(chain: tuple[Path, Path], tmp_path: Path) -> None:
