@@ -164,7 +164,10 @@ def _load_run(folder: RunFolder) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         step, total = status.get("step"), status.get("total_steps")
         at = f" at step {step}" + (f" of {total}" if total is not None else "") if step is not None else ""
         why = f": {status['error']}" if status.get("error") else ""
-        notes.append(f"{folder.name} is {facts['state']}{at}{why}; it takes part in no law of final losses")
+        diverged = status.get("cause") == "diverged"
+        became = "diverged" if diverged else f"is {facts['state']}"
+        fate = "is never fitted" if diverged else "takes part in no law of final losses"
+        notes.append(f"{folder.name} {became}{at}{why}; it {fate}")
     elif not rows:
         notes.append(f"{folder.name} is done but recorded no evaluation")
     else:

@@ -289,7 +289,7 @@ class RunFolder:
         if state not in STATES:
             raise ValueError(f"unknown state {state!r}")
         known = self._own_status()
-        if state in ("running", "done"):
+        if state != "failed":
             for name in ("error", "exit_code", "cause"):
                 known.pop(name, None)
         write_json(self.path / "status.json", known | more | {"state": state, "heartbeat": time.time()})

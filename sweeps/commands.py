@@ -20,6 +20,7 @@ from sweeps import calibration
 from sweeps.jobs import Job
 from sweeps.machine import this_machine
 from sweeps.meeting import Follower, Leader
+from sweeps.patience import Patience
 from sweeps.plan import Plan, make_plan, stage_of, stage_threads
 from sweeps.progress import Progress
 from sweeps.recipe import Recipe
@@ -91,7 +92,11 @@ def launch(made: Plan, jobs: Sequence[Job], check_data: CheckData) -> Result:
     jobs = recheck_tokens(jobs)
     display = Progress(out, len(made.allotment.slots))
     scheduler = Scheduler(
-        jobs, made.allotment.slots, on_tick=display.update, on_done=lambda state: _calibrate(made, state, out)
+        jobs,
+        made.allotment.slots,
+        on_tick=display.update,
+        on_done=lambda state: _calibrate(made, state, out),
+        patience=Patience.of(made.recipe.launch),
     )
     if all(state.phase == "done" for state in scheduler.states):
         out.print("everything is done already; nothing to train")
@@ -160,7 +165,11 @@ def show_status(sweep: Path, as_json: bool) -> int:
     if as_json:
         print(json.dumps({name: folder.status() for name, folder in sweep_folders(sweep)}, indent=1))
     else:
-        console().print(status_table(sweep))
+        out = console()
+        out.print(status_table(sweep))
+        states = {name: str(folder.status()["state"]) for name, folder in sweep_folders(sweep)}
+        missing = [f"{name} ({state})" for name, state in states.items() if state != "done"]
+        _say(out, f"missing: {', '.join(missing)}" if missing else "all done")
     return 0
 
 

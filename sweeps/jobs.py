@@ -37,6 +37,8 @@ from scaling.records import RecordsError, RunFolder, read_json, write_json
 PACKAGE_ROOT = Path(__file__).resolve().parents[1]
 LAUNCHER = "VARSCALE_LAUNCHER_PID"
 """Tells a job its launcher, so that it leaves when the launcher is gone."""
+HANG = "VARSCALE_HANG_SECONDS"
+"""Tells a job after which silence it is ended, so that it can show before where it stands."""
 PRODUCTS = {
     "tokenizer": "tokenizer/tokenizer.json",
     "tokens": "manifest.json",

@@ -139,6 +139,9 @@ class Progress:
                 at = f", loss {loss:.3f}" if isinstance(loss, float) else ""
                 took = f" in {duration(state.seconds)}" if state.started else " by another launcher"
                 events.append(f"{clock}  done: {state.job.name}{took}{at}")
+            elif state.phase == "waiting":
+                pause = max(0.0, state.not_before - time.monotonic())
+                events.append(f"{clock}  {state.job.name}: {state.reason}; again in {duration(pause)}")
             elif state.phase == "failed":
                 events.append(f"{clock}  FAILED: {state.job.name}: {state.reason}")
             elif state.phase == "elsewhere":

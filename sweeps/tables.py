@@ -243,6 +243,8 @@ def status_table(sweep: Path) -> Table:
         status = folder.status()
         age = time.time() - status["heartbeat"] if "heartbeat" in status else None
         state = str(status["state"])
+        if status.get("cause") == "diverged":
+            state = "diverged"
         if state == "running" and (age is None or age > STALE_SECONDS):
             state = "running? (no heartbeat)"
         loss, speed = status.get("loss"), status.get("images_per_second")
