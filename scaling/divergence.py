@@ -7,8 +7,10 @@ close to it. So a run has diverged
   is ordinary: the step is skipped), or the validation loss, or any tensor of a checkpoint to be written;
 - when the training loss of ``PATIENCE`` log points in a row is above ``FACTOR``·ln V.
 
-A spike that is over by the next log points is none of these. Checked where losses leave the device anyway;
-the log points before come from the records, so that a resumed run is judged as an unbroken one.
+A spike that is over by the next log points is none of these, nor is a run that learns nothing and stays
+near ln V: that is a poor result, and counts as one. The bound is high, since a run wrongly given up biases a
+study, and one wrongly trained on only costs. Checked where losses leave the device anyway; the log points
+before come from the records, so that a resumed run is judged as an unbroken one.
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ from collections.abc import Iterable
 from scaling.process import DivergedError
 from scaling.records import finite
 
-FACTOR = 2.0
-PATIENCE = 3
+FACTOR = 3.0
+PATIENCE = 5
 
 
 class Divergence:

@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -139,11 +138,15 @@ def _gradients(
     try:
         micro = batches.micro_batches(step, scales)
         for index, part in enumerate(micro):
-            last = index == len(micro) - 1
-            with contextlib.nullcontext() if last else accelerator.no_sync(state.model):
+            # Never forward with the exchange switched on: given up afterwards, it would begin in the next
+            # backward pass, of whatever micro-batch.
+            with accelerator.no_sync(state.model):
                 loss, found = _loss(state, part, scales)
+                if index < len(micro) - 1 or not shared:
+                    accelerator.backward(loss)
+            if index == len(micro) - 1 and shared:
                 # The others wait in this exchange: it can be neither left nor begun again.
-                with batches.micro.final() if last and shared else contextlib.nullcontext():
+                with batches.micro.final(), accelerator.trigger_sync_in_backward(state.model):
                     accelerator.backward(loss)
             for key, value in found.items():
                 sums[key] = sums[key] + value if key in sums else value
