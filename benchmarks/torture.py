@@ -4,13 +4,14 @@
 
 Trains a small sweep undisturbed; then the same one again while a process of it is killed by SIGKILL at
 random instants: the launcher, a job as a whole, or one of the processes that share its batch. Whatever ends,
-the same command is started again, and nothing else is done. Once, everything is killed and a bit of the newest
-checkpoint flipped; once, while a run trains, the disk fills up until the launcher gives up, and is emptied. A
-sweep that comes to its end before all of that is compared and begun anew. Compared bit for bit: every line of
-every metrics.jsonl but for speeds and times, the tokenizer's weights, the tokens, the runs' weights.
+the same command is started again, and nothing else is done. Once, everything is killed and a bit of the
+newest checkpoint flipped; once, while a run trains, the disk fills up until the launcher gives up, and is
+emptied. A sweep that comes to its end before all of that is compared and begun anew. Compared bit for bit:
+every line of every metrics.jsonl but for speeds and times, the tokenizer's weights, the tokens, the runs'
+weights.
 
-The disk is a tmpfs of a few hundred MB, which only root can mount; without, the table says that none was filled.
-The instants depend on the machine's pace: the seed fixes the waits and the victims, not what they hit.
+The disk is a tmpfs of a few hundred MB, which only root can mount; without, none is filled and the summary
+says so. The instants depend on the machine's pace: the seed fixes waits and victims, not what they hit.
 """
 
 from __future__ import annotations
@@ -278,9 +279,12 @@ class Torture:
                 sweep = Sweep(place / "disk", self.steps, self.processes)
                 sweep.start()
                 while made < self.kills or not damaged or not filled:
-                    if sweep.code(draw.uniform(0, self.longest_wait)) == 0:
+                    code = sweep.code(draw.uniform(0, self.longest_wait))
+                    if code == 0:
                         break
-                    if not damaged and made >= self.kills // 3 and sweep.checkpoint() is not None:
+                    if code is not None:  # a job was killed too often without getting further
+                        sweep.start()
+                    elif not damaged and made >= self.kills // 3 and sweep.checkpoint() is not None:
                         damaged = self._damage(sweep)
                     elif not filled and made >= self.kills // 2 and "torture/" in sweep.present():
                         filled = self._fill(sweep)
@@ -380,10 +384,11 @@ class Torture:
         kills = ", ".join(f"{n} × {v}" for v, n in counts.items())
         filled = any("disk filled" in e.what for e in self.events)
         disk = f"a tmpfs of {DISK_BYTES // 2**20} MB filled once" if filled else "no disk filled"
+        sweeps = f"{self.rounds} sweep{'s' if self.rounds > 1 else ''}"
         return (
             f"{sum(counts.values())} kills ({kills}), one checkpoint damaged, {disk}; "
-            f"{self.rounds} sweep{'s' if self.rounds > 1 else ''} came to an end after {self.starts} starts of the "
-            "command, with every record, weight and token equal to the undisturbed sweep's, bit for bit"
+            f"{sweeps} came to an end after {self.starts} starts of the command, "
+            "with every record, weight and token equal to the undisturbed sweep's, bit for bit"
         )
 
 

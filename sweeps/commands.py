@@ -25,7 +25,7 @@ from sweeps.plan import Plan, make_plan, stage_of, stage_threads
 from sweeps.progress import Progress
 from sweeps.recipe import Recipe
 from sweeps.scheduler import JobState, Result, Scheduler
-from sweeps.tables import plan_notes, plan_table, size, status_table, sweep_folders
+from sweeps.tables import plan_notes, plan_table, shown_state, size, status_table, sweep_folders
 
 Resolve = Callable[[DataConfig], DataConfig]
 CheckData = Callable[[DataConfig], str]
@@ -167,7 +167,7 @@ def show_status(sweep: Path, as_json: bool) -> int:
     else:
         out = console()
         out.print(status_table(sweep))
-        states = {name: str(folder.status()["state"]) for name, folder in sweep_folders(sweep)}
+        states = {name: shown_state(folder.status()) for name, folder in sweep_folders(sweep)}
         missing = [f"{name} ({state})" for name, state in states.items() if state != "done"]
         _say(out, f"missing: {', '.join(missing)}" if missing else "all done")
     return 0

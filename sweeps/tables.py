@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from scaling.records import ListedRun, RecordsError, RunFolder, read_sweep
 from sweeps.jobs import stage_name
@@ -242,9 +242,7 @@ def status_table(sweep: Path) -> Table:
     for name, folder in sweep_folders(sweep):
         status = folder.status()
         age = time.time() - status["heartbeat"] if "heartbeat" in status else None
-        state = str(status["state"])
-        if status.get("cause") == "diverged":
-            state = "diverged"
+        state = shown_state(status)
         if state == "running" and (age is None or age > STALE_SECONDS):
             state = "running? (no heartbeat)"
         loss, speed = status.get("loss"), status.get("images_per_second")
@@ -258,6 +256,11 @@ def status_table(sweep: Path) -> Table:
             str(status.get("error", "")),
         )
     return table
+
+
+def shown_state(status: Mapping[str, Any]) -> str:
+    """A job's state for a person: a loss that diverged is told apart from other failures."""
+    return "diverged" if status.get("cause") == "diverged" else str(status["state"])
 
 
 def started_sweep(sweep: Path) -> tuple[ListedRun, ...]:

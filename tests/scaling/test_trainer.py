@@ -17,13 +17,15 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from scaling import flops
 from scaling.checkpoint import load_checkpoint
+from scaling.clock import Clock
 from scaling.config import ConfigError, LaunchConfig, RunConfig, SamplingConfig
 from scaling.data.cache import open_cache
-from scaling.process import DivergedError, Interrupted, JobProcess
+from scaling.process import DivergedError, Interrupted, JobProcess, cause_of, exit_code, one_line
 from scaling.records import RunFolder
 from scaling.tokenizer.vqvae import load_tokenizer
 from scaling.trainer import make_accelerator, train
@@ -265,6 +267,34 @@ def test_a_loss_that_is_no_number_fails_the_run(chain: tuple[Path, Path], tmp_pa
     status = RunFolder(tmp_path / "run").status()
     assert status["state"] == "failed"
     assert "nan" in status["error"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk takes root")
+def test_a_full_disk_stops_a_run_in_one_line_and_room_lets_it_go_on_to_the_same_numbers(
+    unbroken: RunFolder, chain: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2560k", "varscale-test", str(disk)]
+    if subprocess.run(mount, check=False).returncode != 0:
+        pytest.skip("mounting is not allowed here")
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(Clock, "checkpoint_due", lambda self: True)
+            with pytest.raises((OSError, SafetensorError)) as full:
+                run(disk / "run", chain, tiny.run_config())
+        AcceleratorState._reset_state(reset_partial_state=True)
+        assert (cause_of(full.value), exit_code(full.value)) == ("disk", 2)
+        assert "the disk is full" in one_line(full.value)
+        folder = RunFolder(disk / "run")
+        reached = load_step(folder.path)
+        assert 0 < reached < 20
+        assert folder.metrics() is not None
+        subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+        run(disk / "run", chain, tiny.run_config())
+        assert numbers(folder) == numbers(unbroken)
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 def test_tokens_of_another_tokenizer_are_refused_on_resume(chain: tuple[Path, Path], tmp_path: Path) -> None:
