@@ -46,8 +46,10 @@ from scaling.divergence import Divergence
 from scaling.evaluation import evaluate
 from scaling.families.registry import build, family_model
 from scaling.generation import sample_grid
+from scaling.layers.attention import back_end
 from scaling.memory import out_of_memory
 from scaling.mirror import Mirror
+from scaling.objective import Objective
 from scaling.process import DivergedError, Interrupted, JobProcess, recorded_failure, run_job
 from scaling.records import RunFolder, finite, read_json
 from scaling.schedule import learning_rate, weight_decay
@@ -135,8 +137,8 @@ def _train(
         if start < total:
             state.save(folder, total)
         finish(folder, config, launch, state, tokenizer)
-        facts = machine_facts(config, accelerator, clock) | {"micro_batch": batches.micro.size}
-        job.beat(step=total, total_steps=total, **facts)
+        facts = machine_facts(config, launch, accelerator, clock)
+        job.beat(step=total, total_steps=total, micro_batch=batches.micro.size, **facts)
         mirror.close()
         accelerator.wait_for_everyone()
 
@@ -160,7 +162,7 @@ class State:
         optimizer = torch.optim.AdamW(
             groups, lr=train.peak_lr, betas=train.betas, eps=train.eps, weight_decay=0.0, fused=True
         )
-        self.model, self.optimizer = accelerator.prepare(self.bare, optimizer)
+        self.model, self.optimizer = accelerator.prepare(Objective(family_model(self.bare)), optimizer)
         self.model.train()
 
     def save(self, folder: RunFolder, step: int) -> None:
@@ -312,13 +314,16 @@ def write_weights(model: nn.Module, target: Path) -> None:
     aside.replace(target)
 
 
-def machine_facts(config: RunConfig, accelerator: Accelerator, clock: Clock) -> dict[str, Any]:
+def machine_facts(
+    config: RunConfig, launch: LaunchConfig, accelerator: Accelerator, clock: Clock
+) -> dict[str, Any]:
     """What this machine took, for ``status.json``."""
     facts: dict[str, Any] = {
         "device": device_name(accelerator.device),
         "threads": torch.get_num_threads(),
         "processes": accelerator.num_processes,
         "precision": config.train.precision,
+        "attention": back_end(launch.attention, accelerator.device),
         "peak_memory": peak_memory(accelerator.device),
     }
     if clock.steps_per_second is not None:

@@ -21,7 +21,7 @@ from scaling.config import ConfigError, LaunchConfig, RunConfig
 from scaling.data.cache import CachedSplit
 from scaling.data.sampler import batch_indices, batch_views
 from scaling.draws import step_draws
-from scaling.evaluation import per_scale, token_losses
+from scaling.evaluation import per_scale
 from scaling.families.registry import FAMILIES
 from scaling.memory import MicroBatch, out_of_memory, release
 from scaling.records import RunFolder
@@ -172,14 +172,14 @@ def _loss(state: State, part: MicroTokens, scales: tuple[int, ...]) -> tuple[Ten
     tokens_BL, labels_B, path_scale = part
     with torch.no_grad():
         given = inputs(state.quantizer, tokens_BL, sizes)
+    global_tokens = config.train.batch * sum(side * side for side in scales)
+    # DDP averages gradients over processes, so each contributes its sum times their number.
+    weight = accelerator.num_processes / global_tokens
     with accelerator.autocast():
-        logits_BLV = state.model(labels_B, given, path_scale, sizes)
-    loss_BL, wrong_BL = token_losses(logits_BLV, tokens_BL)
+        total, loss_BL, wrong_BL = state.model(labels_B, given, tokens_BL, path_scale, sizes, weight)
     sums: dict[str, Tensor] = {}
-    for name, values_BL in (("loss", loss_BL.detach()), ("error", wrong_BL)):
+    for name, values_BL in (("loss", loss_BL), ("error", wrong_BL)):
         by_scale = per_scale(values_BL, scales).sum(dim=0)
         for which, value in (("avg", values_BL.mean(dim=1).sum()), ("last", by_scale[-1])):
             sums[f"{name}_{which}"] = value
-    # DDP averages gradients over processes, so each contributes its sum times their number.
-    global_tokens = config.train.batch * sum(side * side for side in scales)
-    return loss_BL.sum() * (accelerator.num_processes / global_tokens), sums
+    return total, sums

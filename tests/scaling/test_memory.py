@@ -14,9 +14,10 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from scaling import evaluation, training_step
+from scaling import training_step
 from scaling.config import ConfigError
 from scaling.memory import MicroBatch, out_of_memory
+from scaling.objective import Objective
 from scaling.process import MemoryShortError, cause_of, exit_code
 from scaling.records import RecordsError, RunFolder, read_json
 from tests.scaling import tiny
@@ -150,15 +151,16 @@ def test_an_evaluation_goes_on_with_fewer_images_at_a_time(
 ) -> None:
     expected = run(tmp_path / "whole", chain, tiny.run_config())
     AcceleratorState._reset_state(reset_partial_state=True)
-    real, seen = evaluation.token_losses, list[int]()
+    real, seen = Objective.forward, list[int]()
 
-    def losses(logits_BLV: Any, tokens_BL: Any) -> Any:
-        seen.append(len(tokens_BL))
-        if len(tokens_BL) > 3:
-            raise MemoryError
-        return real(logits_BLV, tokens_BL)
+    def forward(self: Objective, labels_B: torch.Tensor, *rest: Any, **more: Any) -> Any:
+        if not torch.is_grad_enabled():
+            seen.append(len(labels_B))
+            if len(labels_B) > 3:
+                raise MemoryError
+        return real(self, labels_B, *rest, **more)
 
-    monkeypatch.setattr(evaluation, "token_losses", losses)
+    monkeypatch.setattr(Objective, "forward", forward)
     folder = run(tmp_path / "run", chain, tiny.run_config())
     assert seen[:6] == [10, 5, 2, 2, 2, 2]
     assert_equal_within_rounding(folder, expected)
