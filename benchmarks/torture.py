@@ -255,6 +255,7 @@ class Torture:
     steps: int
     seed: int
     longest_wait: float
+    """Between two kills, as a share of the time that the undisturbed sweep took."""
     disk: bool = True
     """Whether to fill one."""
     events: list[Event] = field(default_factory=list)
@@ -268,7 +269,9 @@ class Torture:
             AssertionError: a sweep ended with other records than the undisturbed one.
         """
         draw = random.Random(self.seed)
+        began = time.monotonic()
         expected = self._undisturbed()
+        longest = self.longest_wait * (time.monotonic() - began)
         made, damaged, filled = 0, False, not self.disk
         while made < self.kills or not damaged or not filled:
             self.rounds += 1
@@ -279,7 +282,7 @@ class Torture:
                 sweep = Sweep(place / "disk", self.steps, self.processes)
                 sweep.start()
                 while made < self.kills or not damaged or not filled:
-                    code = sweep.code(draw.uniform(0, self.longest_wait))
+                    code = sweep.code(draw.uniform(0, longest))
                     if code == 0:
                         break
                     if code is not None:  # a job was killed too often without getting further
@@ -400,10 +403,12 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=25)
     parser.add_argument("--processes", type=int, default=2, help="that share each job's batch")
     parser.add_argument(
-        "--steps", type=int, default=600, help="of each run; the tokenizer has a fifth of them"
+        "--steps", type=int, default=300, help="of each run; the tokenizer has a fifth of them"
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--longest-wait", type=float, default=20.0, help="seconds between two kills")
+    parser.add_argument(
+        "--longest-wait", type=float, default=0.4, help="between two kills, in times of the whole sweep"
+    )
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="varscale-torture-") as place:
         torture = Torture(

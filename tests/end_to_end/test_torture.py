@@ -11,7 +11,7 @@ from benchmarks.torture import Torture
 
 @pytest.mark.slow
 def test_killed_at_random_and_damaged_once_it_ends_with_the_same_bits(tmp_path: Path) -> None:
-    torture = Torture(tmp_path, kills=4, processes=1, steps=40, seed=3, longest_wait=3.0, disk=False)
+    torture = Torture(tmp_path, kills=4, processes=1, steps=40, seed=3, longest_wait=0.4, disk=False)
     torture.run()
     done = [event.what for event in torture.events]
     assert len(done) == 5
