@@ -4,11 +4,11 @@
   run of such a group, the trunk, does the stable phase of all, and leaves a checkpoint where each other one,
   a branch, begins its decay.
 - A branch is no other kind of run: it has the id, the records and the weights that it would have alone, and
-  trains alone when the checkpoint of the trunk is not there or damaged. Its first lines of metrics are those of
-  the trunk, and travel within the checkpoint: that file of the trunk may be cut back when it resumes.
+  trains alone when the checkpoint of the trunk is not there or damaged. Its first lines of metrics are the
+  trunk's; they travel within the checkpoint, since the trunk's own file is cut back when it resumes.
 - ``shared.json`` says which part of it another run did, so that what a sweep has spent can be added up.
 - The checkpoints lie in the trunk's ``branches/`` and are not rotated; who starts the runs removes them
-  (``sweeps.designs``).
+  (``sweeps.trunks``).
 """
 
 from __future__ import annotations

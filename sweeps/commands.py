@@ -25,6 +25,7 @@ from sweeps.progress import Progress
 from sweeps.recipe import Recipe
 from sweeps.scheduler import JobState, Result, Scheduler
 from sweeps.tables import plan_notes, plan_table, size, status_table, sweep_folders
+from sweeps.trunks import clear
 
 Resolve = Callable[[DataConfig], DataConfig]
 CheckData = Callable[[DataConfig], str]
@@ -90,9 +91,13 @@ def launch(made: Plan, jobs: Sequence[Job], check_data: CheckData) -> Result:
     made.write()
     jobs = recheck_tokens(jobs)
     display = Progress(out, len(made.allotment.slots))
-    scheduler = Scheduler(
-        jobs, made.allotment.slots, on_tick=display.update, on_done=lambda state: _calibrate(made, state, out)
-    )
+
+    def on_done(state: JobState) -> None:
+        _calibrate(made, state, out)
+        clear(made.run_jobs)
+
+    clear(made.run_jobs)  # what a launcher that was killed had no time for
+    scheduler = Scheduler(jobs, made.allotment.slots, on_tick=display.update, on_done=on_done)
     if all(state.phase == "done" for state in scheduler.states):
         out.print("everything is done already; nothing to train")
         return Result(tuple(scheduler.states), interrupted=False)
@@ -250,6 +255,9 @@ def tell(result: Result, out: Console) -> None:
             for text in state.log_tail():
                 _say(out, f"    {text}")
         _say(out, f"    log: {state.log}")
+    for state in result.missing:
+        if state.phase == "blocked" and state.reason:
+            _say(out, f"{state.job.name}: blocked: {state.reason}")
     if result.missing:
         names = ", ".join(state.job.name for state in result.missing)
         _say(out, f"\nmissing: {names}; the same command tries again and goes on from what is there")

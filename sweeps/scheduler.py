@@ -8,7 +8,8 @@
 - Two locks. The job itself holds its folder's lock while it works. The launcher holds ``.launcher`` beside
   it from before the start until after the end, so that two launchers never start the same job and never
   probe a lock that a job is about to take.
-- A job that fails takes down only what needs it; the others go on.
+- A job that fails takes down only what needs it; the others go on. A branch needs a checkpoint of its trunk,
+  which may fail or go on once it has left that.
 - A job that is ``alone`` (tokenizers and token caches, which use every core) goes before all others and
   beside none.
 """
@@ -157,10 +158,13 @@ class Scheduler:
 
     def _start_what_can(self) -> None:
         phases = {s.job.folder.path: s.phase for s in self.states}
-        for state in sorted(self.states, key=lambda s: (not s.job.alone, -s.job.weight)):
+        for state in sorted(self.states, key=lambda s: (not s.job.alone, -s.job.weight - s.job.behind)):
             if state.phase not in ("waiting", "elsewhere"):
                 continue
             needs = [phases.get(path, "done") for path in state.job.needs]
+            if (trunk := state.job.lacks) is not None:
+                needs.append(phases.get(trunk.path, "done"))
+                state.reason = f"needs step {state.job.start} of {trunk.name}, which is {needs[-1]}"
             if any(phase in ENDED and phase != "done" for phase in needs):
                 self._end(state, "blocked")
             elif all(phase == "done" for phase in needs):
