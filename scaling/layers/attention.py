@@ -136,4 +136,7 @@ class KeyValueCache:
     def attend(self, q_BHLE: Tensor, k_BHLE: Tensor, v_BHLE: Tensor, scale: float) -> Tensor:
         """Attention of a new chunk over itself and everything before it; no mask is needed."""
         keys, values = self.extend(k_BHLE, v_BHLE)
+        if q_BHLE.device.type == "cpu" and q_BHLE.dtype == torch.bfloat16:  # as in ``Blockwise``
+            weights = torch.softmax(q_BHLE.float() * scale @ keys.float().mT, dim=-1)
+            return weights.bfloat16() @ values
         return F.scaled_dot_product_attention(q_BHLE, keys, values, scale=scale)
