@@ -162,10 +162,12 @@ class Scheduler:
             if state.phase not in ("waiting", "elsewhere"):
                 continue
             needs = [phases.get(path, "done") for path in state.job.needs]
-            if (trunk := state.job.lacks) is not None:
+            trunk = state.job.lacks
+            if trunk is not None:
                 needs.append(phases.get(trunk.path, "done"))
-                state.reason = f"needs step {state.job.start} of {trunk.name}, which is {needs[-1]}"
             if any(phase in ENDED and phase != "done" for phase in needs):
+                if trunk is not None and needs[-1] in ENDED:
+                    state.reason = f"needs step {state.job.start} of {trunk.name}, which is {needs[-1]}"
                 self._end(state, "blocked")
             elif all(phase == "done" for phase in needs):
                 self._start_if_free(state)
