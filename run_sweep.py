@@ -19,7 +19,8 @@ and six more need no recipe:
     python run_sweep.py edit WHERE IMAGE [--key value ...]  in-painting and other tasks without training
     python run_sweep.py fit TABLE [--key value ...]      fit a scaling law to any table of runs
 
-RECIPE is a file or the name of a shipped recipe: quickstart, cifar10, cifar10-cpu, families-cpu, imagenet256.
+RECIPE is a file or the name of a shipped recipe: quickstart, cifar10, cifar10-cpu, families-cpu, imagenet256,
+wsd-cpu.
 plan, tokenize, run and classifier take any value of the recipe: --train.lr 3e-4 --depths 2 4 6 --data.path X.
 'python run_sweep.py COMMAND --help' lists a command's own options,
 'python run_sweep.py plan RECIPE --help' the values of the recipe too.
@@ -354,7 +355,9 @@ def dispatch(arguments: list[str]) -> int:
             "model": "a model: a run's folder, a recipe or sweep with --depth, or a checkpoint",
             "runs": "a recipe, a sweep's folder or a run's",
         }
-        recipes = "a recipe: a file, or quickstart, cifar10, cifar10-cpu, families-cpu or imagenet256"
+        recipes = (
+            "a recipe: a file, or quickstart, cifar10, cifar10-cpu, families-cpu, imagenet256 or wsd-cpu"
+        )
         raise ConfigError(f"'{name}' needs {wanted.get(command.takes, recipes)}")
     words = rest[: 1 + len(command.further)]
     for word, given in zip_longest(command.further, words[1:]):
@@ -392,7 +395,7 @@ def _help(name: str, command: Command, first: str | None) -> str:
         text += (
             f"\n\nValues of the recipe\n{help_text(options_of(Recipe), load_recipe(first))}"
             "\n\nby_family and by_depth (values of single families and depths) are set in the recipe; "
-            "an option wins for all of them."
+            "an option wins for all of them. So are grid, zip and lr_rule (docs/designs.md)."
         )
     return text
 

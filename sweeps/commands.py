@@ -26,6 +26,7 @@ from sweeps.progress import Progress
 from sweeps.recipe import Recipe
 from sweeps.scheduler import JobState, Result, Scheduler
 from sweeps.tables import plan_notes, plan_table, shown_state, size, status_table, sweep_folders
+from sweeps.trunks import clear
 
 Resolve = Callable[[DataConfig], DataConfig]
 CheckData = Callable[[DataConfig], str]
@@ -91,11 +92,17 @@ def launch(made: Plan, jobs: Sequence[Job], check_data: CheckData) -> Result:
     made.write()
     jobs = recheck_tokens(jobs)
     display = Progress(out, len(made.allotment.slots))
+
+    def on_done(state: JobState) -> None:
+        _calibrate(made, state, out)
+        clear(made.run_jobs)
+
+    clear(made.run_jobs)  # what a launcher that was killed had no time for
     scheduler = Scheduler(
         jobs,
         made.allotment.slots,
         on_tick=display.update,
-        on_done=lambda state: _calibrate(made, state, out),
+        on_done=on_done,
         patience=Patience.of(made.recipe.launch),
     )
     if all(state.phase == "done" for state in scheduler.states):
@@ -259,6 +266,9 @@ def tell(result: Result, out: Console) -> None:
             for text in state.log_tail():
                 _say(out, f"    {text}")
         _say(out, f"    log: {state.log}")
+    for state in result.missing:
+        if state.phase == "blocked" and state.reason:
+            _say(out, f"{state.job.name}: blocked: {state.reason}")
     if result.missing:
         names = ", ".join(state.job.name for state in result.missing)
         _say(out, f"\nmissing: {names}; the same command tries again and goes on from what is there")

@@ -60,6 +60,7 @@ def plan_table(plan: Plan, width: int = WIDE) -> Table:
     table = Table(title=f"sweep '{plan.recipe.name}' in {plan.folders.sweep}", title_justify="left", box=None)
     left = [r for r in plan.runs if r.state != "done"]
     places = len(plan.allotment.slots)
+    shared = any(run.start for run in plan.runs)
     rows = [
         {"run": job.name, "time": _time(found), "state": _to_do(job.state)}
         | ({"disk": size(cache_bytes(job))} if job.kind == "tokens" else {})
@@ -68,6 +69,7 @@ def plan_table(plan: Plan, width: int = WIDE) -> Table:
     rows += [
         {
             "run": run.run if width >= WIDE else run.run.rpartition("-")[0],
+            **({"setting": run.setting} if any(r.setting for r in plan.runs) else {}),
             "depth": str(run.depth),
             "width": str(run.width),
             "N": number(run.params),
@@ -77,6 +79,7 @@ def plan_table(plan: Plan, width: int = WIDE) -> Table:
             "tokens": number(run.tokens),
             "epochs": f"{run.epochs:.3g}",
             "FLOPs": f"{run.flops:.3g}",
+            **({"spent": f"{run.flops_spent:.3g}"} if shared else {}),
             "memory/process": size(run.memory_per_process),
             "memory/run": size(run.memory),
             "disk": size(run.disk),
@@ -89,6 +92,7 @@ def plan_table(plan: Plan, width: int = WIDE) -> Table:
         "run": f"to do: {len(left)} of {len(plan.runs)} runs",
         "tokens": number(sum(r.tokens for r in left)),
         "FLOPs": f"{sum(r.flops for r in left):.3g}",
+        "spent": f"{sum(r.flops_spent for r in left):.3g}",
         "disk": size(plan.disk),
         "time": _seconds(plan.seconds_sum),
     }
@@ -114,12 +118,25 @@ def plan_table(plan: Plan, width: int = WIDE) -> Table:
 
 def plan_notes(plan: Plan) -> list[str]:
     """What stands below the table: the data, the machine, and how memory and time were told."""
-    notes = [_data_note(plan), _machine_note(plan), _memory_note(plan), _time_note(plan)]
+    notes = [_data_note(plan), _machine_note(plan), _memory_note(plan), _time_note(plan), *_design_note(plan)]
     tokens = [job for job in plan.stage_jobs if job.kind == "tokens"]
     if len(tokens) > 1:
         uses = [f"{job.folder.name} for {', '.join(plan.families_of(stage_of(job)))}" for job in tokens]
         notes.insert(1, f"tokenizers: {'; '.join(uses)}")
     return notes
+
+
+def _design_note(plan: Plan) -> list[str]:
+    """What sharing stable phases saves; none where no run starts from another's checkpoint."""
+    branches = [run for run in plan.runs if run.start]
+    if not branches:
+        return []
+    alone, together = (sum(getattr(r, name) for r in plan.runs) for name in ("flops", "flops_spent"))
+    return [
+        f"design: trunks and branches {together:.3g} FLOPs, as independent runs {alone:.3g} "
+        f"({together / alone:.2f}): {len(branches)} of {len(plan.runs)} runs start where their decay begins, "
+        "from a checkpoint of the longest; FLOPs are what the records hold, spent is what a run does itself"
+    ]
 
 
 def _data_note(plan: Plan) -> str:

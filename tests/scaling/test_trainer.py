@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -166,9 +166,14 @@ def test_sigkill_and_restart_end_with_the_same_numbers(
     assert numbers(folder) == numbers(unbroken)
 
 
-def start(folder: RunFolder, chain: tuple[Path, Path], prefix: list[str] | None = None) -> subprocess.Popen:
+def start(
+    folder: RunFolder,
+    chain: tuple[Path, Path],
+    prefix: list[str] | None = None,
+    more: Sequence[str] = (),
+) -> subprocess.Popen:
     command = [*(prefix or [sys.executable]), "-m", "scaling.trainer", str(folder.path)]
-    command += ["--tokens", str(chain[0]), "--tokenizer", str(chain[1])]
+    command += ["--tokens", str(chain[0]), "--tokenizer", str(chain[1]), *more]
     return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
