@@ -8,6 +8,7 @@ COMMAND is one of
     tokenize   train the tokenizers and cache the tokens
     run        do everything that is missing, then write the report
     status     print where every job stands
+    cancel     end what was handed to Slurm ('run --executor slurm')
     report     write the report of what is there
     stages     draw the same seeds across depths and stages of training
     classifier train a classifier of the images, for 'fidelity' without published weights
@@ -60,6 +61,7 @@ from scaling.requests import (
 from scaling.schema import here
 from sweeps.options import Option, flag_of, help_text, options_of, parse
 from sweeps.recipe import Recipe, load_recipe
+from sweeps.slurm_options import SlurmOptions
 
 SCRIPT = "python run_sweep.py"
 REFUSED = 2
@@ -87,11 +89,16 @@ class PlanOptions(Options):
 
 
 @dataclass(frozen=True)
-class RunOptions(Options):
-    """Options of ``run``."""
+class ShowOptions(Options):
+    """Options of every command that writes the report."""
 
     open: bool = False
     """Open the report in a browser."""
+
+
+@dataclass(frozen=True)
+class RunOptions(SlurmOptions, ShowOptions):
+    """Options of ``run``."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +115,7 @@ class StatusOptions(SweepOptions, PlanOptions):
 
 
 @dataclass(frozen=True)
-class ReportOptions(SweepOptions, RunOptions):
+class ReportOptions(SweepOptions, ShowOptions):
     """Options of ``report``."""
 
 
@@ -134,10 +141,17 @@ def run(recipe: Recipe, options: RunOptions) -> int:
     """do everything that is missing, then write the report"""
     from sweeps import commands
 
-    made = commands.plan(recipe, Path(options.root), _resolve)
-    if recipe.launch.machine_rank > 0:
-        return commands.follow(made)
-    result = commands.launch(made, made.jobs, _check_data)
+    options.check()
+    if options.executor == "slurm":
+        made = commands.plan_for_slurm(recipe, Path(options.root), _resolve, options)
+        result = commands.submit(made, _check_data, options)
+        if result.missing and not options.wait:
+            return 0
+    else:
+        made = commands.plan(recipe, Path(options.root), _resolve)
+        if recipe.launch.machine_rank > 0:
+            return commands.follow(made)
+        result = commands.launch(made, made.jobs, _check_data)
     if not result.interrupted and commands.runs_done(result):
         _report(made.folders.sweep, options.open)
     return result.exit_code
@@ -148,6 +162,13 @@ def status(recipe: Recipe, options: StatusOptions) -> int:
     from sweeps.commands import show_status
 
     return show_status(_sweep(recipe, options), options.json)
+
+
+def cancel(recipe: Recipe, options: SweepOptions) -> int:
+    """end what Slurm has of a sweep; what is running checkpoints first"""
+    from sweeps import commands
+
+    return commands.cancel(_sweep(recipe, options))
 
 
 def report(recipe: Recipe, options: ReportOptions) -> int:
@@ -298,6 +319,7 @@ COMMANDS = {
     "tokenize": Command(tokenize, lambda: Options, "recipe"),
     "run": Command(run, lambda: RunOptions, "recipe"),
     "status": Command(status, lambda: StatusOptions, "sweep"),
+    "cancel": Command(cancel, lambda: SweepOptions, "sweep"),
     "report": Command(report, lambda: ReportOptions, "sweep"),
     "sample": Command(sample, lambda: SampleRequest, "model"),
     "stages": Command(stages, lambda: StagesRequest, "model"),

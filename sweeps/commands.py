@@ -8,28 +8,41 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from scaling.config import ConfigError, DataConfig, RunConfig
-from scaling.records import RecordsError
-from sweeps import calibration
+from scaling.records import RecordsError, RunFolder
+from sweeps import calibration, slurm
 from sweeps.jobs import Job
-from sweeps.machine import this_machine
+from sweeps.machine import Machine, this_machine
 from sweeps.meeting import Follower, Leader
 from sweeps.plan import Plan, make_plan, stage_of, stage_threads
 from sweeps.progress import Progress
 from sweeps.recipe import Recipe
-from sweeps.scheduler import JobState, Result, Scheduler
+from sweeps.scheduler import JobState, Phase, Result, Scheduler
+from sweeps.slurm_options import SlurmOptions
+from sweeps.slurm_queue import Seen, standing
 from sweeps.tables import plan_notes, plan_table, size, status_table, sweep_folders
 
 Resolve = Callable[[DataConfig], DataConfig]
 CheckData = Callable[[DataConfig], str]
 """The images' fingerprint; raises ``ConfigError`` when they are not there."""
 WIDEST = 200
+FIRST_LOOK_SECONDS, LOOK_SECONDS = 1.0, 30.0
+"""Between two questions to Slurm, which many people ask."""
+PHASES: dict[str, Phase] = {
+    "queued": "waiting", "starting": "running", "running": "running", "waiting": "blocked",
+    "done": "done", "failed": "failed", "blocked": "blocked",
+    "interrupted": "interrupted", "cancelled": "interrupted",
+}  # fmt: skip
+"""Of the display, for where a job stands with Slurm."""
 
 
 def console() -> Console:
@@ -157,10 +170,122 @@ def recheck_tokens(jobs: Sequence[Job]) -> list[Job]:
 
 def show_status(sweep: Path, as_json: bool) -> int:
     """Print every job's state; nothing is imported, resolved or locked for it."""
+    folders, out = sweep_folders(sweep), console()
+    try:
+        seen = slurm.look(sweep.parent, {folder.path for _, folder in folders})
+    except RecordsError as error:  # what the folders say is worth showing all the same
+        seen = {}
+        if not as_json:
+            _say(out, f"note: {error}")
     if as_json:
-        print(json.dumps({name: folder.status() for name, folder in sweep_folders(sweep)}, indent=1))
+        print(json.dumps({name: _status(folder, seen) for name, folder in folders}, indent=1))
     else:
-        console().print(status_table(sweep))
+        out.print(status_table(sweep, seen))
+    return 0
+
+
+def _status(folder: RunFolder, seen: Mapping[Path, Seen]) -> dict[str, Any]:
+    """A job's status; with what Slurm says of it, where it was handed to Slurm."""
+    status, found = folder.status(), seen.get(folder.path)
+    if found is None:
+        return status
+    state, _ = standing(status["state"], found)
+    return status | {"state": state, "slurm": {"id": found.id, "state": found.state, "reason": found.reason}}
+
+
+def plan_for_slurm(recipe: Recipe, root: Path, resolve: Resolve, options: SlurmOptions) -> Plan:
+    """The plan of a sweep that Slurm places: its nodes are not this machine.
+
+    Raises:
+        ConfigError: as ``plan``; the recipe says which machines share its runs; options that do not fit.
+    """
+    launch, data = recipe.launch, resolve(recipe.data)
+    if launch.machines > 1:
+        raise ConfigError(
+            f"launch.machines is {launch.machines}; with --executor slurm it is --nodes-per-run that says "
+            "how many nodes share a run"
+        )
+    asked = options.resources(launch, None)
+    count = min(len(recipe.runs(data)), options.array_limit or sys.maxsize)
+    recipe = replace(recipe, launch=replace(launch, processes=asked.processes, runs_at_once=count))
+    partition = f", partition {options.partition}" if options.partition else ""
+    gpus = tuple(str(number) for number in range(asked.processes if launch.device != "cpu" else 0))
+    machine = Machine(f"Slurm{partition}", count * asked.processes, sys.maxsize, gpus)
+    return make_plan(recipe, data, root, machine)
+
+
+def submit(made: Plan, check_data: CheckData, options: SlurmOptions) -> Result:
+    """Print the plan, then hand what is missing to Slurm; with ``options.wait`` stay until all has ended.
+
+    Raises:
+        ConfigError: no data; no Slurm, or it refuses.
+        RecordsError: as ``launch``; Slurm does not answer.
+    """
+    out = console()
+    _print_plan(made, out)
+    _check_images(made, check_data)
+    made.write()
+    jobs, sweep = recheck_tokens(made.jobs), made.folders.sweep
+    states = [JobState(job) for job in jobs]
+    if all(job.state == "done" and not job.recheck for job in jobs):
+        out.print("everything is done already; nothing to train")
+        states = [JobState(job, "done") for job in jobs]
+        return Result(tuple(states), interrupted=False)
+    slurm.submit(sweep, jobs, made.recipe.launch, options, lambda text: _say(out, text))
+    if options.wait:
+        return _wait(made, states, out)
+    _say(
+        out,
+        "Slurm has it: 'status' shows how it goes on, 'cancel' ends it, and the same command hands over "
+        "again what has failed, and writes the report when all is done",
+    )
+    return Result(tuple(states), interrupted=False)
+
+
+def _wait(made: Plan, states: list[JobState], out: Console) -> Result:
+    """Watch Slurm's jobs until none is active any more; they do not need this process."""
+    pause, display = FIRST_LOOK_SECONDS, Progress(out, len(made.allotment.slots))
+    try:
+        with display:
+            active = True
+            while active:
+                time.sleep(pause)
+                pause = min(1.5 * pause, LOOK_SECONDS)
+                try:
+                    active = _look(made.folders.root, states)
+                except RecordsError as error:  # a controller may be started again; the jobs go on meanwhile
+                    _say(out, f"note: {error}; asking again")
+                display.update(states)
+    except KeyboardInterrupt:
+        _say(out, "no longer watching; the jobs stay in Slurm's hands ('cancel' ends them)")
+        return Result(tuple(states), interrupted=True)
+    result = Result(tuple(states), interrupted=False)
+    tell(result, out)
+    _tell_unreadable(made, out)
+    return result
+
+
+def _look(root: Path, states: Sequence[JobState]) -> bool:
+    """Bring the states up to date; whether a job is still in Slurm's hands."""
+    seen = slurm.look(root, {state.job.folder.path for state in states})
+    for state in states:
+        folder = state.job.folder
+        found, recorded = seen.get(folder.path), state.job.state
+        standing_now, why = standing(recorded, found)
+        state.phase = PHASES[standing_now]
+        if state.phase in ("failed", "interrupted", "blocked"):
+            state.reason = str(folder.status().get("error", why))
+            state.code = folder.status().get("exit_code")
+    return any(seen[s.job.folder.path].active for s in states if s.job.folder.path in seen)
+
+
+def cancel(sweep: Path) -> int:
+    """End what Slurm has of a sweep, running or waiting; the exit code."""
+    ended = slurm.cancel(sweep.parent, sweep.name)
+    for seen in ended:
+        print(f"cancelled: {seen}")
+    if not ended:
+        print("nothing of this sweep runs or waits under Slurm")
     return 0
 
 

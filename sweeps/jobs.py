@@ -82,6 +82,11 @@ class Job:
     """Started even when it is done: it looks through what it has left and mends it."""
 
     @property
+    def arguments(self) -> tuple[str, ...]:
+        """What its module is given: ``command`` without what starts it here."""
+        return self.command[self.command.index(MODULES[self.kind]) + 1 :]
+
+    @property
     def state(self) -> str:
         """The recorded state, but never ``done`` without the product."""
         state = str(self.folder.status()["state"])

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scaling.records import ListedRun, RecordsError, RunFolder, read_sweep
 from sweeps.jobs import stage_name
 from sweeps.plan import cache_bytes, stage_of
+from sweeps.slurm_queue import standing
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from sweeps.calibration import Estimate
     from sweeps.plan import Plan, PlannedRun
+    from sweeps.slurm_queue import Seen
 
 STALE_SECONDS = 30.0
 """A running job writes its heartbeat every few seconds; after this silence it is taken for dead."""
@@ -225,8 +227,11 @@ def _several(count: int, noun: str, plural: str = "") -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {plural or noun + 's'}"
 
 
-def status_table(sweep: Path) -> Table:
+def status_table(sweep: Path, seen: Mapping[Path, Seen]) -> Table:
     """State, step, loss, speed, heartbeat and error of every job of a started sweep.
+
+    Args:
+        seen: what Slurm says of a job, by its folder; empty for a sweep that was never handed to it.
 
     Raises:
         RecordsError: the sweep was not started yet, or a file is damaged.
@@ -238,11 +243,13 @@ def status_table(sweep: Path) -> Table:
     table.add_column("state", no_wrap=True)
     for heading in ("step", "train loss", "images/s", "heartbeat"):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("error", overflow="fold")
+    if seen:
+        table.add_column("Slurm", no_wrap=True)
+    table.add_column("reason" if seen else "error", overflow="fold")
     for name, folder in sweep_folders(sweep):
         status = folder.status()
         age = time.time() - status["heartbeat"] if "heartbeat" in status else None
-        state = str(status["state"])
+        state, why = standing(str(status["state"]), seen.get(folder.path))
         if state == "running" and (age is None or age > STALE_SECONDS):
             state = "running? (no heartbeat)"
         loss, speed = status.get("loss"), status.get("images_per_second")
@@ -253,7 +260,8 @@ def status_table(sweep: Path) -> Table:
             f"{loss:.3f}" if isinstance(loss, float) else "",
             number(speed) if speed else "",
             f"{duration(age)} ago" if age is not None else "",
-            str(status.get("error", "")),
+            *([seen[folder.path].id if folder.path in seen else ""] if seen else []),
+            str(status.get("error", why)),
         )
     return table
 
