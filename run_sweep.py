@@ -82,10 +82,15 @@ class Options:
 
 @dataclass(frozen=True)
 class PlanOptions(Options):
-    """Options of ``plan``."""
+    """Options of every command that prints tables."""
 
     json: bool = False
     """Print JSON instead of a table."""
+
+
+@dataclass(frozen=True)
+class CostOptions(SlurmOptions, PlanOptions):
+    """Options of ``plan``."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,9 @@ class ShowOptions(Options):
 @dataclass(frozen=True)
 class RunOptions(SlurmOptions, ShowOptions):
     """Options of ``run``."""
+
+    wait: bool = False
+    """Slurm: stay until all jobs have ended, then write the report; else return once they are queued."""
 
 
 @dataclass(frozen=True)
@@ -119,10 +127,16 @@ class ReportOptions(SweepOptions, ShowOptions):
     """Options of ``report``."""
 
 
-def plan(recipe: Recipe, options: PlanOptions) -> int:
+def plan(recipe: Recipe, options: CostOptions) -> int:
     """print what the sweep costs; runs nothing"""
     from sweeps import commands
 
+    options.check()
+    if options.executor == "slurm":
+        from sweeps import slurm_commands
+
+        made = slurm_commands.plan(recipe, Path(options.root), _resolve, options)
+        return slurm_commands.show_plan(made, options.json, _check_data, options)
     made = commands.plan(recipe, Path(options.root), _resolve)
     return commands.show_plan(made, options.json, _check_data)
 
@@ -143,10 +157,14 @@ def run(recipe: Recipe, options: RunOptions) -> int:
 
     options.check()
     if options.executor == "slurm":
-        made = commands.plan_for_slurm(recipe, Path(options.root), _resolve, options)
-        result = commands.submit(made, _check_data, options)
+        from sweeps import slurm_commands
+
+        made = slurm_commands.plan(recipe, Path(options.root), _resolve, options)
+        result = slurm_commands.submit(made, _check_data, options, options.wait)
         if result.missing and not options.wait:
             return 0
+    elif options.wait:
+        raise ConfigError("--wait is for --executor slurm only")
     else:
         made = commands.plan(recipe, Path(options.root), _resolve)
         if recipe.launch.machine_rank > 0:
@@ -166,9 +184,9 @@ def status(recipe: Recipe, options: StatusOptions) -> int:
 
 def cancel(recipe: Recipe, options: SweepOptions) -> int:
     """end what Slurm has of a sweep; what is running checkpoints first"""
-    from sweeps import commands
+    from sweeps import slurm_commands
 
-    return commands.cancel(_sweep(recipe, options))
+    return slurm_commands.cancel(_sweep(recipe, options))
 
 
 def report(recipe: Recipe, options: ReportOptions) -> int:
@@ -315,7 +333,7 @@ class Command:
 
 
 COMMANDS = {
-    "plan": Command(plan, lambda: PlanOptions, "recipe"),
+    "plan": Command(plan, lambda: CostOptions, "recipe"),
     "tokenize": Command(tokenize, lambda: Options, "recipe"),
     "run": Command(run, lambda: RunOptions, "recipe"),
     "status": Command(status, lambda: StatusOptions, "sweep"),

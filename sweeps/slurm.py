@@ -6,12 +6,19 @@
 
 - Runs that ask for the same resources are one job array, the longest first; what else is in an array of one,
   so that every job has an id and an index. What happens inside the allocation is ``sweeps.slurm_job``'s.
+- What others wait for is in an array of its own, and they depend on the array: to Slurm 22.05 an element
+  that was cancelled while it waited is done.
+- Slurm limits how many elements of one array run at once. Where the runs are several arrays, the limit is as
+  many lanes: jobs of one name that run one after another (``--dependency=singleton``), the longest spread
+  first. Slurm holds to that by itself, also when one is queued again; among an array's elements it does not.
 - Every submission is a file of its own in ``<sweep>/slurm``, written before sbatch is called and again with
   the id that it gave. A launcher may be killed in between: the token in the file is also the job's comment
   in Slurm, by which the next launcher finds it. A lock on the root, which sbatch inherits, keeps a second
   launcher from looking before the first one's sbatch has ended. So nothing is submitted twice.
 - A tokenizer that another sweep under the same root has queued is waited for, not queued again.
-- All requests are tried (``sbatch --test-only``) before the first is made: a sweep is not queued by half.
+- An id alone does not make a job ours, since Slurm begins again at 1 after the last: its name and comment do.
+- A sweep is not queued by half: when one submission is refused, those made before it are cancelled. (``sbatch
+  --test-only`` would tell before, but also refuses what only has to wait, for a node that is down.)
 
 Why not submitit. It would pickle a function per job and give each job its pickle only after sbatch has
 returned its id: a launcher killed in between leaves jobs that fail (submitit 1.5.4). It leaves SIGTERM, which
@@ -23,19 +30,20 @@ command line and a list of its options, is shorter than its adaptation.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import shlex
 import shutil
 import sys
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from scaling.config import LaunchConfig, RunConfig, to_dict
+from scaling.config import ConfigError, LaunchConfig, to_dict
 from scaling.records import RecordsError, read_json, write_json
 from sweeps import slurm_queue
 from sweeps.jobs import PACKAGE_ROOT, Job
@@ -53,6 +61,8 @@ class Submission:
     file: Path
     id: str | None
     """None: sbatch has not said it yet, or nobody was there any more to hear it."""
+    name: str
+    """Of its job in Slurm: the sweep's, or a lane's."""
     jobs: tuple[Path, ...]
     """Their folders without links, by index in the array."""
 
@@ -71,9 +81,15 @@ class Submission:
         value, root = read_json(file), file.parents[2]
         try:
             folders = tuple(_real(root / job["folder"]) for job in value["jobs"])
-            return Submission(file, value["id"], folders)
+            return Submission(file, value["id"], value["name"], folders)
         except (KeyError, TypeError):
-            raise RecordsError(f"{file}: expected an object with id and jobs with folders") from None
+            raise RecordsError(f"{file}: expected an object with id, name and jobs with folders") from None
+
+    def owns(self, seen: Seen) -> bool:
+        """Whether this is its job, and none that got the same id later or on another cluster."""
+        comment = COMMENT + self.token
+        # A cluster may have its own use for comments.
+        return seen.comment == comment or (seen.name == self.name and not seen.comment.startswith(COMMENT))
 
 
 def _real(path: Path) -> Path:
@@ -81,9 +97,30 @@ def _real(path: Path) -> Path:
     return Path(os.path.realpath(path))
 
 
-def submissions(root: Path, sweep: str = "*") -> list[Submission]:
+@dataclass(frozen=True)
+class PlannedOn:
+    """The machine and places of the plan, as the calibration knows them."""
+
+    machine: str
+    places: int
+    threads: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """The jobs of one submission."""
+
+    resources: Resources
+    jobs: list[Job]
+    lane: int | None = None
+    """One of as many as may run at once; None where the array has a limit, or there is none."""
+
+
+def submissions(root: Path, sweep: str | None = None) -> list[Submission]:
     """Those of one sweep, or of all under the root, the newest last."""
-    found = [Submission.read(file) for file in root.absolute().glob(f"{sweep}/{FOLDER}/*.json")]
+    place = root.absolute()
+    files = place.glob(f"*/{FOLDER}/*.json") if sweep is None else (place / sweep / FOLDER).glob("*.json")
+    found = [Submission.read(file) for file in files]
     return sorted(found, key=lambda s: s.file.name)
 
 
@@ -108,7 +145,8 @@ def _look(made: Iterable[Submission]) -> dict[Path, Seen]:
             continue
         for index, folder in enumerate(submission.jobs):
             name = f"{submission.id}_{index}"
-            seen = replace(known.get(name) or known.get(submission.id) or Seen(name), id=name)
+            seen = known.get(name) or known.get(submission.id) or Seen(name)
+            seen = replace(seen, id=name) if submission.owns(seen) else Seen(name)
             if folder not in found or seen.active or not found[folder].active:
                 found[folder] = seen
     return found
@@ -125,16 +163,33 @@ def cancel(root: Path, sweep: str) -> list[Seen]:
             f"{root / sweep}: nothing of this sweep was handed to Slurm; a local sweep is stopped by Ctrl-C"
         )
     with _lock(root):
-        ended = [seen for seen in _look(submissions(root, sweep)).values() if seen.active]
-        if ended:
-            slurm_queue.cancel(seen.id for seen in ended)
+        made = submissions(root, sweep)
+        ended = [seen for seen in _look(made).values() if seen.active]
+        _withdraw(made, ended)
     return ended
+
+
+def _withdraw(made: Iterable[Submission], active: Sequence[Seen]) -> None:
+    """Cancel these jobs of these submissions.
+
+    That is recorded first: one that is about to have itself queued again does so no more, or leaves as soon
+    as it starts.
+    """
+    numbers = {seen.id.partition("_")[0] for seen in active}
+    for file in (submission.file for submission in made):
+        value = read_json(file)
+        if value["id"] in numbers:
+            write_json(file, value | {"cancelled": True})
+    if active:
+        slurm_queue.cancel(seen.id for seen in active)
 
 
 def submit(
     sweep: Path,
     jobs: Sequence[Job],
+    asked: Mapping[Path, Resources],
     launch: LaunchConfig,
+    plan: PlannedOn,
     options: SlurmOptions,
     say: Callable[[str], None],
 ) -> None:
@@ -143,29 +198,33 @@ def submit(
     Args:
         jobs: all jobs of the sweep. One with ``recheck`` is handed over again although it is done, when
             something is that needs it.
+        asked: what each asks for, by its folder.
+        plan: under what their speeds are remembered.
 
     Raises:
-        ConfigError: there is no Slurm here, or it refuses what is asked for. Then nothing was handed over,
-            unless it refuses only in the end.
+        ConfigError: there is no Slurm here, or it refuses what is asked for; then nothing is queued.
+        RecordsError: Slurm does not answer.
     """
     root = sweep.parent
-    with _lock(root) as lock:
+    with _lock(root, say) as lock:
         _forget_what_never_was(root, sweep)
-        seen = look(root, {job.folder.path for job in jobs})
-        active = {path: found for path, found in seen.items() if found.active}
+        active = {path: s for path, s in look(root, {job.folder.path for job in jobs}).items() if s.active}
         for job in jobs:
             if job.folder.path in active:
                 say(f"{job.name}: in Slurm's hands already: {active[job.folder.path]}")
-        groups = _groups(missing(jobs, set(active)), launch, options)
-        for arguments in {tuple(r.arguments(launch.threads)) for r, _ in groups}:
-            slurm_queue.submit(["--test-only", *arguments, *options.arguments()], _script(sweep))
         ids = {path: found.id.partition("_")[0] for path, found in active.items()}
-        for resources, group in groups:
-            needs = {ids[path] for job in group for path in job.needs if path in ids}
-            number = _submit(sweep, group, resources, sorted(needs), launch, options, lock)
-            ids |= {job.folder.path: number for job in group}
-            for index, job in enumerate(group):
-                say(f"{job.name}: queued as {number}_{index}")
+        made: list[str] = []
+        for group in groups(missing(jobs, set(active)), asked, options.array_limit):
+            try:
+                number = _submit(sweep, group, ids, launch, plan, options, lock)
+            except ConfigError:
+                _withdraw(submissions(root, sweep.name), [Seen(number) for number in made])
+                raise
+            made.append(number)
+            ids |= {job.folder.path: number for job in group.jobs}
+        for job in jobs:
+            if (number := ids.get(job.folder.path, "")) in made:
+                say(f"{job.name}: queued as {number}")
 
 
 def missing(jobs: Sequence[Job], active: set[Path]) -> list[Job]:
@@ -184,33 +243,84 @@ def missing(jobs: Sequence[Job], active: set[Path]) -> list[Job]:
     return [job for job in jobs if job.folder.path in wanted]
 
 
-def _groups(
-    jobs: Sequence[Job], launch: LaunchConfig, options: SlurmOptions
-) -> list[tuple[Resources, list[Job]]]:
-    """The jobs of each submission: one stage, or the runs that ask for the same and need the same."""
-    groups: dict[Any, tuple[Resources, list[Job]]] = {}
-    for job in sorted(jobs, key=lambda job: -job.weight if job.kind == "run" else -float("inf")):
-        depth = job.config.model.depth if isinstance(job.config, RunConfig) else None
-        resources = options.resources(launch, depth)
-        key = (resources, job.needs) if job.kind == "run" else job.folder.path
-        groups.setdefault(key, (resources, []))[1].append(job)
-    return list(groups.values())
+def groups(jobs: Sequence[Job], asked: Mapping[Path, Resources], limit: int | None) -> list[Group]:
+    """The jobs of each submission, in the order in which they can be made: what is needed comes first.
+
+    Args:
+        limit: most runs at once.
+    """
+    needed = {path for job in jobs for path in job.needs}
+    found: dict[Any, Group] = {}
+    for job in sorted(jobs, key=lambda job: (_level(job, jobs), -job.weight)):
+        resources, path = asked[job.folder.path], job.folder.path
+        alone = job.kind != "run" or path in needed
+        key = path if alone else (_level(job, jobs), resources, job.needs)
+        found.setdefault(key, Group(resources, [])).jobs.append(job)
+    runs = [group for group in found.values() if group.jobs[0].kind == "run"]
+    if limit is None or len(runs) <= 1:
+        return list(found.values())
+    others = [group for group in found.values() if group.jobs[0].kind != "run"]
+    return others + _in_lanes([(job, group.resources) for group in runs for job in group.jobs], limit)
+
+
+def _level(job: Job, jobs: Sequence[Job]) -> int:
+    """How many jobs must be done before it, one after another."""
+    return max((1 + _level(other, jobs) for other in jobs if other.folder.path in job.needs), default=0)
+
+
+def _in_lanes(runs: Sequence[tuple[Job, Resources]], limit: int) -> list[Group]:
+    """Each run to the lane that has least to do, in time if all processes are equally fast."""
+    load, found = [0.0] * limit, []
+    jobs = [job for job, _ in runs]
+    for job, asked in sorted(runs, key=lambda r: (_level(r[0], jobs), -r[0].weight / r[1].all_processes)):
+        lane = load.index(min(load))
+        load[lane] += job.weight / asked.all_processes
+        found.append(Group(asked, [job], lane))
+    return found
+
+
+def arguments(sweep: Path, group: Group, needs: Sequence[str], options: SlurmOptions) -> list[str]:
+    """The options of sbatch for one submission, but for those that tell it from others.
+
+    Args:
+        needs: ids of the jobs that it waits for.
+    """
+    limit = f"%{options.array_limit}" if options.array_limit is not None and len(group.jobs) > 1 else ""
+    waits = [f"afterok:{':'.join(needs)}"] if needs else []
+    waits += ["singleton"] if group.lane is not None else []
+    return [
+        *(f"--job-name={_name(sweep, group)}", f"--array=0-{len(group.jobs) - 1}{limit}", "--requeue"),
+        *([f"--dependency={','.join(waits)}"] if waits else []),
+        *(["--kill-on-invalid-dep=yes"] if needs else []),
+        *group.resources.arguments(),
+        *options.arguments(),
+    ]
+
+
+def _name(sweep: Path, group: Group) -> str:
+    """The sweep's; a lane's is no other's, be there a sweep of the same name elsewhere."""
+    if group.lane is None:
+        return sweep.name
+    place = hashlib.sha256(os.fsencode(_real(sweep))).hexdigest()[:6]
+    return f"{sweep.name}-{place}-{group.lane + 1}"
 
 
 def _submit(
     sweep: Path,
-    jobs: Sequence[Job],
-    resources: Resources,
-    needs: Sequence[str],
+    group: Group,
+    ids: Mapping[Path, str],
     launch: LaunchConfig,
+    plan: PlannedOn,
     options: SlurmOptions,
     lock: int,
 ) -> str:
     """Record, call sbatch, record its id."""
+    jobs = group.jobs
     # Names in the order of time, so that the newest submission of a job is known without a clock in it.
     file = sweep / FOLDER / f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}.json"
     value: dict[str, Any] = {
         "id": None,
+        "name": _name(sweep, group),
         "jobs": [
             {
                 "name": job.name,
@@ -223,31 +333,29 @@ def _submit(
             for job in jobs
         ],
         "leave_seconds": options.leave_seconds,
-        "launch": to_dict(replace(launch, processes=resources.processes, runs_at_once=None)),
+        "launch": to_dict(replace(launch, processes=group.resources.processes, runs_at_once=None)),
+        "plan": asdict(plan),
     }
     logs = file.with_suffix("")
     logs.mkdir(parents=True)
     for index, job in enumerate(jobs):  # an array has one pattern for all its logs, runs a folder each
         (logs / f"{index}.txt").symlink_to(os.path.relpath(job.folder.path / "log.txt", logs))
     write_json(file, value)
-    limit = "" if options.array_limit is None else f"%{options.array_limit}"
+    needs = sorted({ids[path] for job in jobs for path in job.needs if path in ids})
     number = slurm_queue.submit(
         [
-            *(f"--job-name={sweep.name}", f"--comment={COMMENT}{file.stem}", "--requeue"),
-            *(f"--array=0-{len(jobs) - 1}{limit}", "--open-mode=append"),
+            *arguments(sweep, group, needs, options),
+            *(f"--comment={COMMENT}{file.stem}", "--open-mode=append"),
             f"--output={str(logs).replace('%', '%%')}/%a.txt",
-            *([f"--dependency=afterok:{':'.join(needs)}", "--kill-on-invalid-dep=yes"] if needs else []),
-            *resources.arguments(launch.threads),
-            *options.arguments(),
         ],
-        _script(file),
+        script(file),
         lock,
     )
     write_json(file, value | {"id": number})
     return number
 
 
-def _script(file: Path) -> str:
+def script(file: Path) -> str:
     """What runs on the first node of an allocation: this code, with the Python that submits it."""
     return (
         "#!/bin/sh\n"
@@ -260,11 +368,11 @@ def _adopted(submission: Submission) -> Submission:
     """With its id, where a launcher was killed before it could record it and Slurm has the job."""
     if submission.id is not None:
         return submission
-    for seen in slurm_queue.named(submission.file.parents[1].name).values():
+    for seen in slurm_queue.named(submission.name).values():
         if seen.comment == COMMENT + submission.token:
             number = seen.id.partition("_")[0]
             write_json(submission.file, read_json(submission.file) | {"id": number})
-            return Submission(submission.file, number, submission.jobs)
+            return replace(submission, id=number)
     return submission
 
 
@@ -280,9 +388,13 @@ def _forget_what_never_was(root: Path, sweep: Path) -> None:
 
 
 @contextmanager
-def _lock(root: Path) -> Iterator[int]:
+def _lock(root: Path, say: Callable[[str], None] = lambda text: None) -> Iterator[int]:
     """One launcher at a time; freed by the system on any death, of its sbatch too."""
     root.mkdir(parents=True, exist_ok=True)
     with (root / LOCK).open("a+") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("another launcher is handing jobs to Slurm; waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield file.fileno()

@@ -3,10 +3,13 @@
 - squeue knows every job that has not ended, and for some minutes those that have; sacct, where the cluster
   keeps accounts, knows the rest. Neither is needed to know what a run has done: that its folder tells.
 - An error is Slurm's own last line.
+- A person's defaults for squeue and sacct are left out, since they choose and shape the answer. So is what an
+  allocation has set, in case the sweep is started inside of one: a new job would take it for its own.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
@@ -29,6 +32,8 @@ RUNNING = {"RUNNING", "COMPLETING", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPP
 COMMENT = "varscale:"
 """Begins the comment by which a submission is found whose id was never recorded."""
 COMMAND_SECONDS = 120
+KEPT = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
+"""Of the variables that begin like those of an allocation: these say where Slurm is."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,7 @@ class Seen:
     """Slurm's own word; UNKNOWN when Slurm has forgotten the job."""
     reason: str = ""
     """Why it waits or has ended."""
+    name: str = ""
     comment: str = ""
 
     @property
@@ -57,13 +63,16 @@ class Seen:
         return f"{self.id} {self.state}" + (f" ({self.reason})" if self.reason else "")
 
 
-def standing(recorded: str, seen: Seen | None) -> tuple[str, str]:
+def standing(recorded: str, seen: Seen | None, beats: bool = False) -> tuple[str, str]:
     """Where a job stands, and why, from what its folder records and what Slurm says.
 
     Queued, starting, running, done, failed, interrupted, cancelled, or blocked by one that failed; waiting
     when nobody has it in hand.
+
+    Args:
+        beats: its heartbeat is fresh: what Slurm has ended goes on without it, on this machine perhaps.
     """
-    if recorded == "done" or seen is None:
+    if recorded == "done" or seen is None or (recorded == "running" and beats and not seen.active):
         return recorded, ""
     if seen.queued:
         return "queued", seen.reason
@@ -76,7 +85,8 @@ def standing(recorded: str, seen: Seen | None) -> tuple[str, str]:
     if seen.state == "CANCELLED":
         return "cancelled", ""
     if recorded == "running":  # it could not say how it ended
-        return "failed", f"ended by Slurm: {seen.state}"
+        hint = " (with more --leave-seconds it would have checkpointed)" if seen.state == "TIMEOUT" else ""
+        return "failed", f"ended by Slurm: {seen.state}{hint}"
     return recorded, f"Slurm: {seen.state}"
 
 
@@ -131,7 +141,9 @@ def cancel(ids: Iterable[str]) -> None:
         RecordsError: Slurm refuses.
     """
     done = _call(["scancel", *ids])
-    if done.returncode != 0:
+    # Those that have ended since Slurm was asked are no trouble.
+    said = [line for line in done.stderr.splitlines() if "Invalid job id" not in line]
+    if done.returncode != 0 and said:
         raise RecordsError(f"scancel refused: {words(done.stderr)}")
 
 
@@ -142,7 +154,7 @@ def words(stderr: str) -> str:
 
 
 def _squeue(which: Sequence[str]) -> dict[str, Seen]:
-    shape = "%F|%K|%T|%r|%k"
+    shape = "%F|%K|%T|%r|%j|%k"
     done = _call(["squeue", "--noheader", "--array", "--states=all", f"--format={shape}", *which])
     if done.returncode != 0:
         if "Invalid job id" in done.stderr:  # it has forgotten all of them
@@ -150,10 +162,13 @@ def _squeue(which: Sequence[str]) -> dict[str, Seen]:
         raise RecordsError(f"Slurm does not answer: {words(done.stderr)}")
     found = {}
     for line in done.stdout.splitlines():
-        job, index, state, reason, comment = line.split("|", 4)
+        parts = line.split("|", 5)
+        if len(parts) < 6:  # a cluster's heading, or the rest of a comment of several lines: none of ours
+            continue
+        job, index, state, reason, name, comment = parts
         reason = "" if reason == "None" else reason
-        name = job if index == "N/A" else f"{job}_{index}"
-        found[name] = Seen(name, state, reason, comment)
+        key = job if index == "N/A" else f"{job}_{index}"
+        found[key] = Seen(key, state, reason, name, comment)
     return found
 
 
@@ -161,15 +176,24 @@ def _sacct(ids: Sequence[str]) -> dict[str, Seen]:
     """Nothing on a cluster without accounts."""
     if shutil.which("sacct") is None:
         return {}
-    shape = "JobID,State,Reason"
+    shape = "JobID,State,Reason,JobName"
     done = _call(["sacct", "-X", "-n", "-P", f"--format={shape}", "--jobs", ",".join(ids)])
     found = {}
     for line in done.stdout.splitlines() if done.returncode == 0 else []:
-        job, state, reason = line.split("|", 2)
+        job, state, reason, name = line.split("|", 3)
         state, _, by = state.partition(" ")  # "CANCELLED by 1000"
-        name = job.partition("_[")[0]
-        found[name] = Seen(name, state, by or ("" if reason == "None" else reason))
+        key = job.partition("_[")[0]
+        found[key] = Seen(key, state, by or ("" if reason == "None" else reason), name)
     return found
+
+
+def environment() -> dict[str, str]:
+    """For Slurm's commands; see above."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name in KEPT or not name.startswith(("SLURM_", "SQUEUE_", "SACCT_"))
+    }
 
 
 def _call(
@@ -184,6 +208,7 @@ def _call(
             timeout=COMMAND_SECONDS,
             check=False,
             pass_fds=() if keep_open is None else (keep_open,),
+            env=environment(),
         )
     except FileNotFoundError:
         raise RecordsError(f"there is no {command[0]} on this machine") from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from scaling.records import ListedRun, RecordsError, RunFolder, read_sweep
 from sweeps.jobs import stage_name
@@ -249,8 +249,8 @@ def status_table(sweep: Path, seen: Mapping[Path, Seen]) -> Table:
     for name, folder in sweep_folders(sweep):
         status = folder.status()
         age = time.time() - status["heartbeat"] if "heartbeat" in status else None
-        state, why = standing(str(status["state"]), seen.get(folder.path))
-        if state == "running" and (age is None or age > STALE_SECONDS):
+        state, why = standing(str(status["state"]), seen.get(folder.path), beats(status))
+        if state == "running" and not beats(status):
             state = "running? (no heartbeat)"
         loss, speed = status.get("loss"), status.get("images_per_second")
         table.add_row(
@@ -264,6 +264,11 @@ def status_table(sweep: Path, seen: Mapping[Path, Seen]) -> Table:
             str(status.get("error", why)),
         )
     return table
+
+
+def beats(status: Mapping[str, Any]) -> bool:
+    """Whether a job's last sign of life is fresh."""
+    return "heartbeat" in status and time.time() - status["heartbeat"] <= STALE_SECONDS
 
 
 def started_sweep(sweep: Path) -> tuple[ListedRun, ...]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
+import socket
 import subprocess
 from collections.abc import Iterator
 
@@ -11,11 +14,21 @@ import pytest
 from tests.slurm.cluster import HERE, NOT_POSSIBLE, Cluster
 
 
+def free_ports(count: int) -> int:
+    """The first of as many in a row that nobody listens on now, below those that the system gives out."""
+    for _ in range(100):
+        first = random.SystemRandom().randrange(16000, 32000)
+        with contextlib.suppress(OSError), contextlib.ExitStack() as probes:
+            for port in range(first, first + count):
+                probes.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            return first
+    raise AssertionError("no free ports")
+
+
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Iterator[Cluster]:
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("slurm")
-    number = int(worker_id.removeprefix("gw")) if worker_id.startswith("gw") else 0
-    environment = os.environ | {"PORTS": str(16817 + 10 * number)}
+    environment = os.environ | {"PORTS": str(free_ports(4)), "GUARD": str(os.getpid())}
     up = subprocess.run(["bash", HERE / "up.sh", folder], capture_output=True, text=True, env=environment)
     if up.returncode == NOT_POSSIBLE:
         pytest.skip(up.stderr.strip().splitlines()[-1])
@@ -24,9 +37,3 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Iterato
         yield Cluster(folder)
     finally:
         subprocess.run(["bash", HERE / "down.sh", folder], check=True)
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No speed that a test measures is taken for this machine's."""
-    monkeypatch.setenv("VARSCALE_CACHE", str(tmp_path_factory.mktemp("cache")))

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # A real Slurm on this one machine, for the tests: a controller and three nodes on loopback, as root.
+#   bash up.sh packages                                          installs Debian's packages, where it can
 #   bash up.sh FOLDER && export SLURM_CONF=FOLDER/slurm.conf     (about three seconds; down.sh ends it)
+# - With GUARD=PID it ends by itself when that process is gone.
 # - Everything lies in FOLDER: configuration, key, sockets, logs, spools. No cgroup, systemd or data base.
-# - Debian's packages are installed where they are missing; 'up.sh packages' does only that.
 # - Exit code 77: no Slurm can be had here; the last line says why.
 # - Nodes n1, n2, n3 have two CPUs and two make-believe GPUs (null devices) each. What runs in partition
 #   'urgent' pre-empts what runs in 'main', which has GRACE seconds between SIGTERM and being requeued.
@@ -14,6 +15,7 @@ impossible() { echo "no Slurm here: $*" >&2; exit 77; }
 [ "$(id -u)" = 0 ] || impossible "only root can start one that runs jobs"
 PACKAGES="slurmctld slurmd slurm-client munge"
 dpkg -s $PACKAGES >/dev/null 2>&1 || {
+  [ "$BASE" = packages ] || impossible "its packages are missing; 'bash tests/slurm/up.sh packages' installs them"
   command -v apt-get >/dev/null || impossible "it is installed from Debian's packages"
   # RUNLEVEL: none of the packages starts its daemon.
   { apt-get update -qq && DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 \
@@ -28,6 +30,7 @@ wait_for() {
   done
 }
 
+HERE=$(cd "$(dirname "$0")" && pwd)
 mkdir -p "$BASE"/{state,log,run,munge}
 BASE=$(cd "$BASE" && pwd)
 chmod 755 "$BASE" "$BASE"/run
@@ -38,7 +41,9 @@ export SLURM_CONF=$BASE/slurm.conf
 munged --force --key-file "$BASE/munge/key" --socket "$BASE/run/munge.socket" --pid-file "$BASE/run/munged.pid" \
   --log-file "$BASE/munge/log" --seed-file "$BASE/munge/seed" 2>"$BASE/log/munged.log"
 
-for i in $(seq 0 $((GPUS - 1))); do [ -e "$BASE/gpu$i" ] || mknod -m 666 "$BASE/gpu$i" c 1 3; done
+for i in $(seq 0 $((GPUS - 1))); do
+  [ -e "$BASE/gpu$i" ] || mknod -m 666 "$BASE/gpu$i" c 1 3 || impossible "devices cannot be made in $BASE"
+done
 echo "Name=gpu File=$BASE/gpu[0-$((GPUS - 1))]" > "$BASE/gres.conf"
 cat > "$SLURM_CONF" <<CONF
 ClusterName=loop
@@ -68,14 +73,17 @@ ReturnToService=2
 MpiDefault=none
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-SchedulerParameters=batch_sched_delay=0,sched_min_interval=0,bf_interval=1
+SchedulerParameters=batch_sched_delay=0,sched_min_interval=0,sched_interval=1,bf_interval=1
 SlurmdTimeout=60
 KillWait=10
 MinJobAge=3600
-$(for i in $(seq "$NODES"); do echo "NodeName=n$i NodeHostname=$HOST NodeAddr=127.0.0.1 Port=$((PORTS + i)) CPUs=2 RealMemory=1000 Gres=gpu:$GPUS State=UNKNOWN"; done)
+$(for i in $(seq "$NODES"); do echo "NodeName=n$i NodeHostname=$HOST NodeAddr=127.0.0.1 Port=$((PORTS + i)) CPUs=2 RealMemory=16000 Gres=gpu:$GPUS State=UNKNOWN"; done)
 PartitionName=main Nodes=n[1-$NODES] Default=YES State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=$GRACE
 PartitionName=urgent Nodes=n[1-$NODES] State=UP PriorityTier=10 PreemptMode=OFF
 CONF
+if [ -n "${GUARD:-}" ]; then
+  (while kill -0 "$GUARD" 2>/dev/null; do sleep 2; done; exec bash "$HERE/down.sh" "$BASE") </dev/null >/dev/null 2>&1 &
+fi
 slurmctld -c
 for i in $(seq "$NODES"); do mkdir -p "$BASE/spool.n$i"; slurmd -c -N "n$i"; done
 all_idle() { [ "$(timeout 10 sinfo -h -N -p main -t idle -o %N | wc -l)" = "$NODES" ]; }
