@@ -17,8 +17,9 @@
   launcher from looking before the first one's sbatch has ended. So nothing is submitted twice.
 - A tokenizer that another sweep under the same root has queued is waited for, not queued again.
 - An id alone does not make a job ours, since Slurm begins again at 1 after the last: its name and comment do.
-- A sweep is not queued by half: when one submission is refused, those made before it are cancelled. (``sbatch
-  --test-only`` would tell before, but also refuses what only has to wait, for a node that is down.)
+- A sweep is not queued by half. All requests are tried first (``sbatch --test-only``), since Slurm takes what
+  waits for another job as it is. When one is refused all the same, those made before it are cancelled. That
+  there are no nodes for it is a note only: Slurm says the same while they are down.
 
 Why not submitit. It would pickle a function per job and give each job its pickle only after sbatch has
 returned its id: a launcher killed in between leaves jobs that fail (submitit 1.5.4). It leaves SIGTERM, which
@@ -214,7 +215,10 @@ def submit(
                 say(f"{job.name}: in Slurm's hands already: {active[job.folder.path]}")
         ids = {path: found.id.partition("_")[0] for path, found in active.items()}
         made: list[str] = []
-        for group in groups(missing(jobs, set(active)), asked, options.array_limit):
+        to_make = groups(missing(jobs, set(active)), asked, options.array_limit)
+        for resources in dict.fromkeys(group.resources for group in to_make):
+            _try(resources, options, say)
+        for group in to_make:
             try:
                 number = _submit(sweep, group, ids, launch, plan, options, lock)
             except ConfigError:
@@ -225,6 +229,21 @@ def submit(
         for job in jobs:
             if (number := ids.get(job.folder.path, "")) in made:
                 say(f"{job.name}: queued as {number}")
+
+
+def _try(resources: Resources, options: SlurmOptions, say: Callable[[str], None]) -> None:
+    """Ask Slurm whether it can meet a request.
+
+    Raises:
+        ConfigError: what is asked for does not exist.
+    """
+    try:
+        slurm_queue.submit(["--test-only", *resources.arguments(), *options.arguments()], "#!/bin/sh\n")
+    except ConfigError as error:
+        if "not available" not in str(error):
+            raise
+        asked = shlex.join(resources.arguments())
+        say(f"note: {error}, for {asked}; queued all the same, since nodes that are down come back")
 
 
 def missing(jobs: Sequence[Job], active: set[Path]) -> list[Job]:

@@ -1,4 +1,4 @@
-"""Slurm's own commands, called: sbatch, squeue, sacct, scancel, scontrol.
+"""Slurm's own commands, called: sbatch, squeue, sacct, scancel.
 
 - squeue knows every job that has not ended, and for some minutes those that have; sacct, where the cluster
   keeps accounts, knows the rest. Neither is needed to know what a run has done: that its folder tells.

@@ -293,6 +293,28 @@ def test_an_allocation_around_the_launcher_is_not_the_jobs(monkeypatch: pytest.M
     ] == [*(False, False, True, True)]
 
 
+def test_when_one_submission_is_refused_those_before_it_are_cancelled(commands: Path, tmp_path: Path) -> None:
+    asked = {path: Resources(nodes, 1, None, 1) for nodes, path in ((1, tmp_path / "2"), (2, tmp_path / "1"))}
+    calls = tmp_path / "calls"
+    fake(
+        commands,
+        "sbatch",
+        """case "$*" in
+            *--test-only*) exit 0;;
+            *--nodes=2*) echo "sbatch: error: no" >&2; exit 1;;
+        esac
+        echo 7""",
+    )
+    fake(commands, "scancel", f"echo $* >> {calls}")
+    sweep, jobs = tmp_path / "tiny", runs(tmp_path, 1.0, 2.0)
+    planned = slurm.PlannedOn("Slurm", 1, 1)
+    jobs = [replace(j, command=("-m", "scaling.trainer")) for j in jobs]
+    with pytest.raises(ConfigError, match="sbatch refused: no"):
+        slurm.submit(sweep, jobs, asked, LAUNCH, planned, SLURM, print)
+    assert calls.read_text().split() == ["7"]
+    assert [read_json(f).get("cancelled", False) for f in sorted(sweep.glob("slurm/*.json"))] == [True, False]
+
+
 @pytest.fixture
 def entry(commands: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> slurm_job.Entry:
     """One in an allocation that Slurm has not begun to end; its task does nothing."""

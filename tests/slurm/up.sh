@@ -77,7 +77,7 @@ SchedulerParameters=batch_sched_delay=0,sched_min_interval=0,sched_interval=1,bf
 SlurmdTimeout=60
 KillWait=10
 MinJobAge=3600
-$(for i in $(seq "$NODES"); do echo "NodeName=n$i NodeHostname=$HOST NodeAddr=127.0.0.1 Port=$((PORTS + i)) CPUs=2 RealMemory=16000 Gres=gpu:$GPUS State=UNKNOWN"; done)
+$(for i in $(seq "$NODES"); do echo "NodeName=n$i NodeHostname=$HOST NodeAddr=127.0.0.1 Port=$((PORTS + i)) CPUs=2 RealMemory=64000 Gres=gpu:$GPUS State=UNKNOWN"; done)
 PartitionName=main Nodes=n[1-$NODES] Default=YES State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=$GRACE
 PartitionName=urgent Nodes=n[1-$NODES] State=UP PriorityTier=10 PreemptMode=OFF
 CONF
@@ -86,5 +86,5 @@ if [ -n "${GUARD:-}" ]; then
 fi
 slurmctld -c
 for i in $(seq "$NODES"); do mkdir -p "$BASE/spool.n$i"; slurmd -c -N "n$i"; done
-all_idle() { [ "$(timeout 10 sinfo -h -N -p main -t idle -o %N | wc -l)" = "$NODES" ]; }
+all_idle() { [ "$(timeout 10 sinfo -h -p main -o '%T %D')" = "idle $NODES" ]; }   # "idle*" has not answered yet
 wait_for all_idle || { tail -n 5 "$BASE"/log/*.log >&2; exit 1; }
