@@ -196,8 +196,9 @@ def test_a_launcher_killed_right_after_sbatch_and_two_at_once_queue_nothing_twic
 ) -> None:
     place = tmp_path / "bin"
     place.mkdir()
+    real = shutil.which("sbatch")
     (place / "sbatch").write_text(
-        f'#!/bin/sh\n{shutil.which("sbatch")} "$@" || exit\ncase "$*" in *--test-only*) ;; *) kill -9 $PPID;; esac\n'
+        f'#!/bin/sh\n{real} "$@" || exit\ncase "$*" in *--test-only*) ;; *) kill -9 $PPID;; esac\n'
     )
     (place / "sbatch").chmod(0o755)
     path = held.environment["PATH"]
