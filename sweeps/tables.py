@@ -227,17 +227,18 @@ def _several(count: int, noun: str, plural: str = "") -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {plural or noun + 's'}"
 
 
-def status_table(sweep: Path, seen: Mapping[Path, Seen]) -> Table:
+def status_table(sweep: Path, seen: Mapping[Path, Seen] | None = None) -> Table:
     """State, step, loss, speed, heartbeat and error of every job of a started sweep.
 
     Args:
-        seen: what Slurm says of a job, by its folder; empty for a sweep that was never handed to it.
+        seen: what Slurm says of a job, by its folder, if any was handed to it.
 
     Raises:
         RecordsError: the sweep was not started yet, or a file is damaged.
     """
     from rich.table import Table
 
+    seen = seen or {}
     table = Table(title=f"sweep '{sweep.name}' in {sweep}", title_justify="left", box=None)
     table.add_column("job", no_wrap=True)
     table.add_column("state", no_wrap=True)
