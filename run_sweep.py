@@ -8,6 +8,7 @@ COMMAND is one of
     tokenize   train the tokenizers and cache the tokens
     run        do everything that is missing, then write the report
     status     print where every job stands
+    cancel     end what was handed to Slurm ('run --executor slurm')
     report     write the report of what is there
     stages     draw the same seeds across depths and stages of training
     classifier train a classifier of the images, for 'fidelity' without published weights
@@ -61,6 +62,7 @@ from scaling.requests import (
 from scaling.schema import here
 from sweeps.options import Option, flag_of, help_text, options_of, parse
 from sweeps.recipe import Recipe, load_recipe
+from sweeps.slurm_options import SlurmOptions
 
 SCRIPT = "python run_sweep.py"
 REFUSED = 2
@@ -81,18 +83,31 @@ class Options:
 
 @dataclass(frozen=True)
 class PlanOptions(Options):
-    """Options of ``plan``."""
+    """Options of every command that prints tables."""
 
     json: bool = False
     """Print JSON instead of a table."""
 
 
 @dataclass(frozen=True)
-class RunOptions(Options):
-    """Options of ``run``."""
+class CostOptions(SlurmOptions, PlanOptions):
+    """Options of ``plan``."""
+
+
+@dataclass(frozen=True)
+class ShowOptions(Options):
+    """Options of every command that writes the report."""
 
     open: bool = False
     """Open the report in a browser."""
+
+
+@dataclass(frozen=True)
+class RunOptions(SlurmOptions, ShowOptions):
+    """Options of ``run``."""
+
+    wait: bool = False
+    """Slurm: stay until all jobs have ended, then write the report; else return once they are queued."""
 
 
 @dataclass(frozen=True)
@@ -109,14 +124,20 @@ class StatusOptions(SweepOptions, PlanOptions):
 
 
 @dataclass(frozen=True)
-class ReportOptions(SweepOptions, RunOptions):
+class ReportOptions(SweepOptions, ShowOptions):
     """Options of ``report``."""
 
 
-def plan(recipe: Recipe, options: PlanOptions) -> int:
+def plan(recipe: Recipe, options: CostOptions) -> int:
     """print what the sweep costs; runs nothing"""
     from sweeps import commands
 
+    options.check()
+    if options.executor == "slurm":
+        from sweeps import slurm_commands
+
+        made = slurm_commands.plan(recipe, Path(options.root), _resolve, options)
+        return slurm_commands.show_plan(made, options.json, _check_data, options)
     made = commands.plan(recipe, Path(options.root), _resolve)
     return commands.show_plan(made, options.json, _check_data)
 
@@ -135,10 +156,21 @@ def run(recipe: Recipe, options: RunOptions) -> int:
     """do everything that is missing, then write the report"""
     from sweeps import commands
 
-    made = commands.plan(recipe, Path(options.root), _resolve)
-    if recipe.launch.machine_rank > 0:
-        return commands.follow(made)
-    result = commands.launch(made, made.jobs, _check_data)
+    options.check()
+    if options.executor == "slurm":
+        from sweeps import slurm_commands
+
+        made = slurm_commands.plan(recipe, Path(options.root), _resolve, options)
+        result = slurm_commands.submit(made, _check_data, options, options.wait)
+        if result.missing and not options.wait:
+            return 0
+    elif options.wait:
+        raise ConfigError("--wait is for --executor slurm only")
+    else:
+        made = commands.plan(recipe, Path(options.root), _resolve)
+        if recipe.launch.machine_rank > 0:
+            return commands.follow(made)
+        result = commands.launch(made, made.jobs, _check_data)
     if not result.interrupted and commands.runs_done(result):
         _report(made.folders.sweep, options.open)
     return result.exit_code
@@ -149,6 +181,13 @@ def status(recipe: Recipe, options: StatusOptions) -> int:
     from sweeps.commands import show_status
 
     return show_status(_sweep(recipe, options), options.json)
+
+
+def cancel(recipe: Recipe, options: SweepOptions) -> int:
+    """end what Slurm has of a sweep; what is running checkpoints first"""
+    from sweeps import slurm_commands
+
+    return slurm_commands.cancel(_sweep(recipe, options))
 
 
 def report(recipe: Recipe, options: ReportOptions) -> int:
@@ -295,10 +334,11 @@ class Command:
 
 
 COMMANDS = {
-    "plan": Command(plan, lambda: PlanOptions, "recipe"),
+    "plan": Command(plan, lambda: CostOptions, "recipe"),
     "tokenize": Command(tokenize, lambda: Options, "recipe"),
     "run": Command(run, lambda: RunOptions, "recipe"),
     "status": Command(status, lambda: StatusOptions, "sweep"),
+    "cancel": Command(cancel, lambda: SweepOptions, "sweep"),
     "report": Command(report, lambda: ReportOptions, "sweep"),
     "sample": Command(sample, lambda: SampleRequest, "model"),
     "stages": Command(stages, lambda: StagesRequest, "model"),

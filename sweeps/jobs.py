@@ -99,6 +99,11 @@ class Job:
         return None if any(self.folder.checkpoints.glob("step-*")) else self.trunk
 
     @property
+    def arguments(self) -> tuple[str, ...]:
+        """What its module is given: ``command`` without what starts it here."""
+        return self.command[self.command.index(MODULES[self.kind]) + 1 :]
+
+    @property
     def state(self) -> str:
         """The recorded state, but never ``done`` without the product."""
         state = str(self.folder.status()["state"])

@@ -194,7 +194,7 @@ def make_plan(recipe: Recipe, data: DataConfig, root: Path, machine: Machine) ->
     configs = tuple(dataclasses.replace(c, tokenizer_train=resolved[c.tokenizer_train]) for c in runs)
     stages = tokenizer_runs(configs)
     launch, folders = recipe.launch, Folders(root, root / recipe.name)
-    memories = [_process_memory(recipe, c) for c in configs]
+    memories = [process_memory(launch, c) for c in configs]
     allotment = allot(machine, launch, memories)
     calibration = load()
 
@@ -264,8 +264,8 @@ def makespan(seconds: Sequence[float], places: int) -> float:
     return max(free)
 
 
-def _process_memory(recipe: Recipe, config: RunConfig) -> int:
-    launch = recipe.launch
+def process_memory(launch: LaunchConfig, config: RunConfig) -> int:
+    """Bytes of tensors that one training process of a run is expected to need at most."""
     share = -(-config.train.batch // (launch.machines * launch.processes))
     micro = min(launch.micro_batch or share, share)
     return train_memory(config.model, micro, config.train.precision)

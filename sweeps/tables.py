@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 from scaling.records import ListedRun, RecordsError, RunFolder, read_sweep
 from sweeps.jobs import stage_name
 from sweeps.plan import cache_bytes, stage_of
+from sweeps.slurm_queue import standing
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from sweeps.calibration import Estimate
     from sweeps.plan import Plan, PlannedRun
+    from sweeps.slurm_queue import Seen
 
 STALE_SECONDS = 30.0
 """A running job writes its heartbeat every few seconds; after this silence it is taken for dead."""
@@ -242,25 +244,31 @@ def _several(count: int, noun: str, plural: str = "") -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {plural or noun + 's'}"
 
 
-def status_table(sweep: Path) -> Table:
+def status_table(sweep: Path, seen: Mapping[Path, Seen] | None = None) -> Table:
     """State, step, loss, speed, heartbeat and error of every job of a started sweep.
+
+    Args:
+        seen: what Slurm says of a job, by its folder, if any was handed to it.
 
     Raises:
         RecordsError: the sweep was not started yet, or a file is damaged.
     """
     from rich.table import Table
 
+    seen = seen or {}
     table = Table(title=f"sweep '{sweep.name}' in {sweep}", title_justify="left", box=None)
     table.add_column("job", no_wrap=True)
     table.add_column("state", no_wrap=True)
     for heading in ("step", "train loss", "images/s", "heartbeat"):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("error", overflow="fold")
+    if seen:
+        table.add_column("Slurm", no_wrap=True)
+    table.add_column("reason" if seen else "error", overflow="fold")
     for name, folder in sweep_folders(sweep):
         status = folder.status()
         age = time.time() - status["heartbeat"] if "heartbeat" in status else None
-        state = shown_state(status)
-        if state == "running" and (age is None or age > STALE_SECONDS):
+        state, why = shown_state(folder, seen)
+        if state == "running" and not beats(status):
             state = "running? (no heartbeat)"
         loss, speed = status.get("loss"), status.get("images_per_second")
         table.add_row(
@@ -270,14 +278,23 @@ def status_table(sweep: Path) -> Table:
             f"{loss:.3f}" if isinstance(loss, float) else "",
             number(speed) if speed else "",
             f"{duration(age)} ago" if age is not None else "",
-            str(status.get("error", "")),
+            *([seen[folder.path].id if folder.path in seen else ""] if seen else []),
+            str(status.get("error", why)),
         )
     return table
 
 
-def shown_state(status: Mapping[str, Any]) -> str:
-    """A job's state for a person: a loss that diverged is told apart from other failures."""
-    return "diverged" if status.get("cause") == "diverged" else str(status["state"])
+def shown_state(folder: RunFolder, seen: Mapping[Path, Seen]) -> tuple[str, str]:
+    """A job's state for a person, and why it waits: what Slurm says of it too; a loss that diverged is told
+    apart from other failures."""
+    status = folder.status()
+    state, why = standing(str(status["state"]), seen.get(folder.path), beats(status))
+    return ("diverged" if state == "failed" and status.get("cause") == "diverged" else state), why
+
+
+def beats(status: Mapping[str, Any]) -> bool:
+    """Whether a job's last sign of life is fresh."""
+    return "heartbeat" in status and time.time() - status["heartbeat"] <= STALE_SECONDS
 
 
 def started_sweep(sweep: Path) -> tuple[ListedRun, ...]:
