@@ -44,12 +44,12 @@ from scaling.draws import step_draws
 from scaling.evaluation import evaluate, per_scale, token_losses
 from scaling.families.registry import FAMILIES, build, family_model
 from scaling.generation import sample_grid
-from scaling.mirror import Mirror
 from scaling.process import Interrupted, JobProcess, recorded_failure, run_job
 from scaling.records import RunFolder, finite, read_json
 from scaling.schedule import learning_rate, weight_decay
 from scaling.steps import step_scales, token_columns
 from scaling.tokenizer.vqvae import Tokenizer, load_tokenizer
+from scaling.trackers.mirror import Mirror
 
 EVAL_BATCH = 64
 
@@ -63,7 +63,7 @@ def train(
 ) -> None:
     """Train the run in ``folder`` from its newest checkpoint to the end; every process calls it."""
     with recorded_failure(folder):
-        accelerator = make_accelerator(config, launch, folder)
+        accelerator = make_accelerator(config, launch)
     _train(accelerator, folder, config, launch, cache, tokenizer)
     # DDP's reducer must not be the last to let go of gloo's group: it would wait, holding Python's lock, for
     # the group's thread, which may be waiting for that lock. A rank then never ends.
@@ -86,7 +86,7 @@ def _train(
         state = State(config, launch, accelerator, tokenizer)
         start, total = state.resume(folder), config.total_steps
         train_split, val_split = cache.split("train"), cache.split("val")
-        mirror = Mirror(accelerator, config, launch, folder, start)
+        mirror = Mirror(accelerator, launch, folder, start)
         batches = Batches(config, launch, accelerator, train_split)
         eval_steps, snapshots = set(config.eval_steps), set(config.snapshot_steps.values())
         clock = Clock(launch.checkpoint_seconds)
@@ -374,7 +374,7 @@ def machine_facts(
     return facts
 
 
-def make_accelerator(config: RunConfig, launch: LaunchConfig, folder: RunFolder) -> Accelerator:
+def make_accelerator(config: RunConfig, launch: LaunchConfig) -> Accelerator:
     """Accelerate for this run's precision and device.
 
     Raises:
@@ -383,8 +383,6 @@ def make_accelerator(config: RunConfig, launch: LaunchConfig, folder: RunFolder)
     return accelerator_on(
         launch.device,
         config.train.precision,
-        log_with=None if launch.wandb == "off" else "wandb",
-        project_dir=folder.path,
         # The model's buffers are constants: nothing to exchange before every step.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )

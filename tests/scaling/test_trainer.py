@@ -276,7 +276,7 @@ def test_tokens_of_another_tokenizer_are_refused_on_resume(chain: tuple[Path, Pa
 
 def test_fp16_without_a_gpu_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="fp16 needs a GPU"):
-        make_accelerator(tiny.run_config(precision="fp16"), tiny.LAUNCH, RunFolder(tmp_path))
+        make_accelerator(tiny.run_config(precision="fp16"), tiny.LAUNCH)
 
 
 def test_a_batch_smaller_than_the_processes_is_refused(chain: tuple[Path, Path]) -> None:
