@@ -39,6 +39,7 @@ import errno
 import json
 import os
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
@@ -209,7 +210,10 @@ def dashboard(where: str, options: DashboardOptions) -> int:
     project = options.project or settings_of(sweep).tracker_project
     if options.local:
         _copy(sweep, ["trackio"], project, "offline")
-        page.show_local(sweep, project)
+        with page.local_page(sweep, project) as address:
+            print(f"{address}\nCtrl-C ends it", flush=True)
+            _open(address)
+            threading.Event().wait()
     else:
         page.check_workspace()
         frontiers = _copy(sweep, ["wandb"], project, "online")
@@ -527,13 +531,16 @@ def _report(sweep: Path, show: bool) -> None:
 
     page = make_report(sweep)
     print(f"report: {page}")
-    # Without a display a text browser would take over the terminal.
-    if show and (
-        sys.platform in ("darwin", "win32") or "DISPLAY" in os.environ or "WAYLAND_DISPLAY" in os.environ
-    ):
+    if show:
+        _open(page.resolve().as_uri())
+
+
+def _open(address: str) -> None:
+    """In a browser; without a display a text browser would take over the terminal."""
+    if sys.platform in ("darwin", "win32") or "DISPLAY" in os.environ or "WAYLAND_DISPLAY" in os.environ:
         import webbrowser
 
-        webbrowser.open(page.resolve().as_uri())
+        webbrowser.open(address)
 
 
 if __name__ == "__main__":

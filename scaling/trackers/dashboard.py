@@ -1,16 +1,18 @@
 """A sweep on a screen: a workspace of wandb's, or trackio's page on this machine.
 
 - The workspace needs the extra ``wandb-workspaces``: wandb's own client cannot make one.
-- trackio's page is its own server on this machine alone (127.0.0.1); it has no way to be told its panels' axes
-  and scales, which are chosen on the page.
+- trackio's page is its own server on this machine alone (127.0.0.1).
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-from collections.abc import Sequence
+import io
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 from scaling.config import ConfigError
 from scaling.process import one_line
@@ -105,8 +107,22 @@ def sections(sweep: Path, frontiers: Sequence[str]) -> list[Any]:
     return [section for section in found if section.panels]
 
 
-def show_local(sweep: Path, project: str) -> None:
-    """Serve trackio's page of the sweep until Ctrl-C, and open it where there is a browser."""
+@contextlib.contextmanager
+def local_page(sweep: Path, project: str) -> Iterator[str]:
+    """Serve trackio's page of the sweep on this machine; its address, for reading only.
+
+    It opens with losses and errors over FLOPs, unsmoothed. Logarithmic axes are two boxes on the page, which no
+    address can tick.
+    """
     import trackio
 
-    trackio.show(project=trackio_project(project, sweep.name))
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints an address with a token that lets others write
+        server, address, *_ = trackio.show(open_browser=False, block_thread=False)
+    view = {
+        "project": trackio_project(project, sweep.name), "x_axis": "flops", "smoothing": 0,
+        "metric_filter": f"(eval|frontier)/.*({'|'.join((*LOSSES, *ERRORS))})$",
+    }  # fmt: skip
+    try:
+        yield f"{address.rstrip('/')}/?{urlencode(view)}"
+    finally:
+        server.close()
