@@ -9,12 +9,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from typing import Any
-
-from accelerate import Accelerator
+from typing import TYPE_CHECKING, Any
 
 from scaling.config import LaunchConfig
 from scaling.records import RunFolder
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 FINISH_SECONDS = 30.0
 """The end of a run waits at most this long for its trackers; they go on for a while without it."""
