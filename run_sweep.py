@@ -162,12 +162,15 @@ def tokenize(recipe: Recipe, options: Options) -> int:
 
 def run(recipe: Recipe, options: RunOptions) -> int:
     """do everything that is missing, then write the report"""
+    from scaling.trackers.targets import check_launch
     from sweeps import commands
 
+    check_launch(recipe.launch)
     made = commands.plan(recipe, Path(options.root), _resolve)
     if recipe.launch.machine_rank > 0:
         return commands.follow(made)
     result = commands.launch(made, made.jobs, _check_data)
+    _tell_trackers(made.folders.sweep)
     if not result.interrupted and commands.runs_done(result):
         _report(made.folders.sweep, options.open)
     return result.exit_code
@@ -202,7 +205,7 @@ def sync(where: str, options: SyncOptions) -> int:
 
 
 def dashboard(where: str, options: DashboardOptions) -> int:
-    """show a sweep: wandb's workspace (loss, error and frontier against FLOPs, throughput), or trackio's page"""
+    """show a sweep in wandb's workspace (loss, error, frontier over FLOPs; throughput) or trackio's page"""
     from scaling.trackers import dashboard as page
     from scaling.trackers.sync import settings_of
 
@@ -512,6 +515,17 @@ def _copy(sweep: Path, trackers: Sequence[Tracker], project: str, mode: WandbMod
         done = sync_to(sweep, tracker, project, mode, frontiers, lambda name: print(f"  {name}"))
         print(done.words(tracker))
     return list(frontiers)
+
+
+def _tell_trackers(sweep: Path) -> None:
+    """What went wrong with the copies made beside the runs, one line a tracker."""
+    from scaling.trackers.ledger import notes
+
+    for tracker, (runs, reason) in notes(sweep).items():
+        print(
+            f"note: {tracker} lacks {runs} run{'s' if runs > 1 else ''} ({reason}); the records are whole, "
+            f"'{SCRIPT} sync {sweep} --to {tracker}' copies them"
+        )
 
 
 def _resolve(data: DataConfig) -> DataConfig:

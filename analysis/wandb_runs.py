@@ -12,8 +12,8 @@
   records of training in between are counted and left out.
 - Of a run's config only what has a meaning here becomes a column: ``model.depth``, ``seed``, …;
   text where a number belongs (``model_size: small``) is left out and noted.
-- This project names a run on wandb ``<group>.<run>``, the group being its sweep; here it has its own name again.
-  What stands for a sweep as a whole (job type ``summary``), and pictures, are no records.
+- This project names a run on wandb ``<group>.<run>``, the group being its sweep; here it has its own name
+  again. What stands for a sweep as a whole (job type ``summary``), and pictures, are no records.
 - The end of a run is its last record that has the quantity to be fitted: summaries and other
   evaluations may follow it.
 """
@@ -223,7 +223,7 @@ def _own_name(name: str, group: str | None) -> str:
 
 
 def _without_media(row: dict[str, Any]) -> dict[str, Any]:
-    """The row without pictures and pages; a file holds each as ``<name>._type`` and others, a server as one."""
+    """The row without pictures: a file has ``<name>._type`` and more of each, a server one value."""
     media = {key.removesuffix("._type") for key in row if key.endswith("._type")}
     media |= {key for key, value in row.items() if isinstance(value, dict) and "_type" in value}
     return {k: v for k, v in row.items() if k not in media and k.rpartition(".")[0] not in media}

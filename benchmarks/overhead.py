@@ -3,13 +3,14 @@
     python -m benchmarks.overhead [--depth 2] [--batch 32] [--chunks 60] [--device cpu] [--trackers wandb ...]
 
 - Harness: ``scaling.trainer.train``, logging every ten steps as by default, trackers off (and on, if named).
-- Bare: the loop that one would write by hand, in ``bare_steps``: cached tokens, forward, loss, backward, clip,
-  AdamW; it records nothing and draws its batches with numpy.
-- Paired: ten steps of the harness, with one log point, then ten of the bare loop, in one process, over and over.
-  The ratio of each pair is one measurement; its median and quartiles are printed, by the clock and by the
-  processor's time, which other programs on the machine disturb less. On a GPU only the clock says something.
-- Evaluations are left out: both would do them. A checkpoint's time is measured apart and spread over the default
-  interval between two. The end of a run (weights, pictures) is no part of its steps.
+- Bare: the loop that one would write by hand, in ``bare_steps``: cached tokens, forward, loss, backward,
+  clip, AdamW; it records nothing and draws its batches with numpy.
+- Paired: ten steps of the harness, with one log point, then ten of the bare loop, in one process, over and
+  over. The ratio of each pair is one measurement; its median and quartiles are printed, by the clock and by
+  the processor's time, which other programs on the machine disturb less. On a GPU only the clock says
+  something.
+- Evaluations are left out: both would do them. A checkpoint's time is measured apart and spread over the
+  default interval between two. The end of a run (weights, pictures) is no part of its steps.
 """
 
 from __future__ import annotations
@@ -111,7 +112,9 @@ def make_tokens(root: Path, config: RunConfig) -> tuple[TokenCache, Tokenizer]:
     return open_cache(folder, tokenizer.content_hash, scales), tokenizer
 
 
-def bare_steps(config: RunConfig, cache: TokenCache, tokenizer: Tokenizer, device: torch.device) -> Iterator[None]:
+def bare_steps(
+    config: RunConfig, cache: TokenCache, tokenizer: Tokenizer, device: torch.device
+) -> Iterator[None]:
     """The loop without a harness; one step each time it is asked."""
     torch.manual_seed(0)
     generator, split = np.random.default_rng(0), cache.split("train")
@@ -140,7 +143,9 @@ def bare_steps(config: RunConfig, cache: TokenCache, tokenizer: Tokenizer, devic
         yield
 
 
-def measure(root: Path, config: RunConfig, launch: LaunchConfig, cache: TokenCache, tokenizer: Tokenizer) -> Measured:
+def measure(
+    root: Path, config: RunConfig, launch: LaunchConfig, cache: TokenCache, tokenizer: Tokenizer
+) -> Measured:
     """Train once, with the bare loop's steps in between."""
     device = torch.device("cuda" if launch.device == "cuda" else "cpu")
     found, bare = Measured(), bare_steps(config, cache, tokenizer, device)
@@ -250,7 +255,9 @@ def main() -> None:
     if args.trackers:
         runs[", ".join(args.trackers)] = dataclasses.replace(off, trackers=tuple(args.trackers))
     console = Console(width=120)
-    table = Table("harness", "bare ms/step", "clock %", "quartiles", "processor %", "quartiles", "+ checkpoints %")
+    table = Table(
+        "harness", "bare ms/step", "clock %", "quartiles", "processor %", "quartiles", "+ checkpoints %"
+    )
     interval = LaunchConfig().checkpoint_seconds
     for name, launch in runs.items():
         with tempfile.TemporaryDirectory() as place:
@@ -266,8 +273,12 @@ def main() -> None:
             for part, words in PARTS.items():
                 parts.add_row(words, f"{1e6 * found.parts[part] / config.total_steps:.0f}")
         else:
-            console.print(f"{name}: the process beside the run took {found.tracker_cpu:.1f} s of processor time")
-    console.print(f"depth {args.depth}, batch {args.batch}, {args.precision} on {args.device}, {args.threads} threads")
+            console.print(
+                f"{name}: the process beside the run took {found.tracker_cpu:.1f} s of processor time"
+            )
+    console.print(
+        f"depth {args.depth}, batch {args.batch}, {args.precision} on {args.device}, {args.threads} threads"
+    )
     console.print(table, parts)
 
 

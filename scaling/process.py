@@ -102,7 +102,9 @@ class JobProcess:
     def beat(self, **facts: Any) -> None:
         """Report progress: ``step``, ``total_steps``, ``images_per_second``, ``loss``; cheap, at any rate."""
         self._raise_thread_error()
-        self._facts = self._facts | facts  # no guard: it is held while the disk is written, and a step must not wait
+        self._facts = (
+            self._facts | facts
+        )  # no guard: it is held while the disk is written, and a step must not wait
         self._changed = True
 
     # -- entry and exit ------------------------------------------------------------------------
@@ -179,7 +181,10 @@ class JobProcess:
                     if not self.is_main or self._ended.is_set():
                         continue
                     if (self._changed or silent >= IDLE_SECONDS) and not self._failed():
-                        self._changed, silent = False, 0.0  # first: what changes during the write is for the next
+                        self._changed, silent = (
+                            False,
+                            0.0,
+                        )  # first: what changes during the write is for the next
                         self.folder.update_status("running", **self._facts)
             except (OSError, RecordsError) as error:
                 self._thread_error = error

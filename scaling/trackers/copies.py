@@ -1,7 +1,7 @@
 """A run's copy in one tracker, begun anew from nothing: what ``follow`` and ``sync`` write to.
 
-Through Accelerate's tracker classes, one at a time: a tracker that fails must not take the others with it, and
-none of them may sit in the process that trains.
+Through Accelerate's tracker classes, one at a time: a tracker that fails must not take the others with it,
+and none of them may sit in the process that trains.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Subject:
     project: str
     wandb_mode: WandbMode = "auto"
     version: str = ""
-    """Of a summary: which. wandb takes nothing back, so another version is another run, and the older goes."""
+    """Of a summary: which. wandb takes nothing back, so another version is another run."""
 
     @property
     def place(self) -> Path:
@@ -107,7 +107,12 @@ class WandbCopy:
             mode="online" if self._online else "offline",
             resume="allow",
             settings=wandb.Settings(
-                init_timeout=INIT_SECONDS, silent=True, console="off", disable_git=True, disable_code=True, x_disable_stats=True
+                init_timeout=INIT_SECONDS,
+                silent=True,
+                console="off",
+                disable_git=True,
+                disable_code=True,
+                x_disable_stats=True,
             ),
         )
         self._tracker.start()
@@ -115,7 +120,12 @@ class WandbCopy:
         run = self._tracker.run
         for axis in ("step", "tokens", "flops", "params"):
             run.define_metric(axis)
-        for pattern, axis in (("train/*", "step"), ("eval/*", "flops"), ("fidelity/*", "flops"), ("frontier/*", "flops")):
+        for pattern, axis in (
+            ("train/*", "step"),
+            ("eval/*", "flops"),
+            ("fidelity/*", "flops"),
+            ("frontier/*", "flops"),
+        ):
             run.define_metric(pattern, step_metric=axis)
         self._there = self._logged(subject) if self._online and run.resumed else set()
         if self._online and subject.name == SUMMARY:

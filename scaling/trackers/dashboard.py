@@ -39,7 +39,7 @@ def check_workspace() -> None:
         )
     if not has_key():
         raise ConfigError(
-            f"a wandb workspace is online, but there is no key; set WANDB_API_KEY or run 'wandb login', {otherwise}"
+            f"a wandb workspace needs a key; set WANDB_API_KEY or run 'wandb login', {otherwise}"
         )
 
 
@@ -77,8 +77,8 @@ def make_workspace(sweep: Path, project: str, frontiers: Sequence[str], entity: 
 def sections(sweep: Path, frontiers: Sequence[str]) -> list[Any]:
     """The panels: loss and error against FLOPs on logarithmic axes, frontier, throughput, figures.
 
-    One line per depth: the runs of a depth, which differ in their seed, are one line. Of several families each
-    run is a line, since a depth means another model in each.
+    One line per depth: the runs of a depth, which differ in their seed, are one line. Of several families
+    each run is a line, since a depth means another model in each.
     """
     import wandb_workspaces.reports.v2 as wr
     import wandb_workspaces.workspaces as ws
@@ -86,11 +86,17 @@ def sections(sweep: Path, frontiers: Sequence[str]) -> list[Any]:
     families = {run.config()["model"].get("family") for run in list_runs(sweep)}
     by_depth: dict[str, Any] = {}
     if len(families) == 1:
-        by_depth = {"groupby": wr.Config("model.depth"), "groupby_aggfunc": "mean", "groupby_rangefunc": "minmax"}
+        by_depth = {
+            "groupby": wr.Config("model.depth"),
+            "groupby_aggfunc": "mean",
+            "groupby_rangefunc": "minmax",
+        }
 
     def against_flops(names: Sequence[str], **more: Any) -> list[Any]:
         return [
-            wr.LinePlot(title=name, x="flops", y=[name], log_x=True, log_y=True, title_x="training FLOPs", **more)
+            wr.LinePlot(
+                title=name, x="flops", y=[name], log_x=True, log_y=True, title_x="training FLOPs", **more
+            )
             for name in names
         ]
 
@@ -101,7 +107,9 @@ def sections(sweep: Path, frontiers: Sequence[str]) -> list[Any]:
         ws.Section("Error", against_flops([f"eval/{name}" for name in ERRORS], **by_depth), is_open=True),
         ws.Section("Frontier", against_flops([f"frontier/{name}" for name in frontiers]), is_open=True),
         ws.Section("Throughput", [speed]),
-        ws.Section("Figures", [wr.MediaBrowser(title=name, media_keys=[f"media/{name}"]) for name in figures]),
+        ws.Section(
+            "Figures", [wr.MediaBrowser(title=name, media_keys=[f"media/{name}"]) for name in figures]
+        ),
         ws.Section("Samples", [wr.MediaBrowser(media_keys=["media/samples"])]),
     ]
     return [section for section in found if section.panels]
@@ -111,12 +119,14 @@ def sections(sweep: Path, frontiers: Sequence[str]) -> list[Any]:
 def local_page(sweep: Path, project: str) -> Iterator[str]:
     """Serve trackio's page of the sweep on this machine; its address, for reading only.
 
-    It opens with losses and errors over FLOPs, unsmoothed. Logarithmic axes are two boxes on the page, which no
-    address can tick.
+    It opens with losses and errors over FLOPs, unsmoothed. Logarithmic axes are two boxes on the page, which
+    no address can tick.
     """
     import trackio
 
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints an address with a token that lets others write
+    with contextlib.redirect_stdout(
+        io.StringIO()
+    ):  # it prints an address with a token that lets others write
         server, address, *_ = trackio.show(open_browser=False, block_thread=False)
     view = {
         "project": trackio_project(project, sweep.name), "x_axis": "flops", "smoothing": 0,

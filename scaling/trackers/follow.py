@@ -2,8 +2,8 @@
 
     python -m scaling.trackers.follow RUN_FOLDER        started by scaling.trackers.mirror
 
-- Its standard input is the trainer's word: "done" when the run is; its end, when the trainer has gone, however
-  it went. Nothing else passes between them, so nothing here can hold the trainer up.
+- Its standard input is the trainer's word: "done" when the run is; its end, when the trainer has gone,
+  however it went. Nothing else passes between them, so nothing here can hold the trainer up.
 - A tracker that fails is left out from then on, with a note in ``trackers.json``; ``sync`` makes its copy.
 - What does not come to an end a minute after the trainer is given up: a network that is down must not leave
   processes behind.
@@ -185,7 +185,9 @@ class Trainer:
 def main() -> None:
     """Follow the run named on the command line."""
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)  # a whole group is told to leave: the trainer does, this follows
+        signal.signal(
+            number, signal.SIG_IGN
+        )  # a whole group is told to leave: the trainer does, this follows
     os.nice(10)
     folder = RunFolder(sys.argv[1])
     launch = from_dict(LaunchConfig, read_json(folder.path / "launch.json"))

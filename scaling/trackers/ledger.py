@@ -1,6 +1,7 @@
-"""What each tracker's copy of a run holds, in ``trackers.json`` beside the run, and who may change it. No torch.
+"""What each tracker's copy of a run holds, in ``trackers.json`` beside the run, and who may change it. No
+torch.
 
-    {"wandb": {"digest": of what was copied, "points": lines}, "trackio": {"note": what went wrong}}
+{"wandb": {"digest": of what was copied, "points": lines}, "trackio": {"note": what went wrong}}
 """
 
 from __future__ import annotations
@@ -30,6 +31,16 @@ def entries(place: Path) -> dict[str, dict[str, Any]]:
     return value if isinstance(value, dict) else {}
 
 
+def notes(sweep: Path) -> dict[str, tuple[int, str]]:
+    """Of each tracker that failed: how many runs it lacks, and what it said last."""
+    found: dict[str, tuple[int, str]] = {}
+    for file in sorted(sweep.glob("*/trackers.json")):
+        for tracker, entry in entries(file.parent).items():
+            if "note" in entry:
+                found[tracker] = (found.get(tracker, (0, ""))[0] + 1, str(entry["note"]))
+    return found
+
+
 def remember(place: Path, tracker: Tracker, entry: dict[str, Any]) -> None:
     """Replace a tracker's entry; for the holder of ``held``."""
     write_json(place / "trackers.json", entries(place) | {tracker: entry})
@@ -55,7 +66,7 @@ def run_digest(folder: RunFolder, project: str, online: bool, state: str) -> str
 
 @contextlib.contextmanager
 def held(place: Path, patience: float = 0.0) -> Iterator[bool]:
-    """Hold the copies of a run for this process; False when another has them for longer than ``patience`` s."""
+    """Hold a run's copies for this process; False when another has them for ``patience`` seconds more."""
     place.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + patience
     with (place / ".trackers.lock").open("a") as file:

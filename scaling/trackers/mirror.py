@@ -1,7 +1,7 @@
 """Where the trainer's records go: to disk, and from there, by a process beside it, to trackers.
 
-The trainer only starts that process and says at the end that it is done; it never waits for a tracker but then,
-and not for long.
+The trainer only starts that process and says at the end that it is done; it never waits for a tracker but
+then, and not for long.
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ class Mirror:
         try:
             self._follower.communicate(DONE, timeout=FINISH_SECONDS)
         except subprocess.TimeoutExpired:
-            _note(self._folder, f"trackers not done after {FINISH_SECONDS:.0f} s; the run goes on without them")
+            _note(
+                self._folder, f"trackers not done after {FINISH_SECONDS:.0f} s; the run goes on without them"
+            )
         except OSError as error:
             _note(self._folder, f"trackers: {error}")
 

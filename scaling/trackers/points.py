@@ -16,8 +16,8 @@ class Point:
 
     step: int
     series: str
-    """What comes before its values' names: the kind, and of ``fidelity`` the setting too. With ``step`` it names
-    the line."""
+    """What comes before its values' names: the kind, and of ``fidelity`` the setting too. With ``step`` it
+    names the line."""
     axes: dict[str, float]
     values: dict[str, float]
     """``<series>/<name>``; of a list one value per entry, ``eval/loss_scale_1`` and so on."""

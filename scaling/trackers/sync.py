@@ -1,14 +1,14 @@
-"""A sweep's copy in a tracker, made from its records: every run that changed, and one run for the sweep itself.
+"""A sweep's copy in a tracker, made from its records: every run that changed, and one run for the sweep
+itself.
 
-The sweep's own run, ``summary``, has what belongs to no single run: the report's page and figures, the numbers of
-its fits, the frontier.
+The sweep's own run, ``summary``, has what belongs to no single run: the report's page and figures, the
+numbers of its fits, the frontier.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from scaling.trackers.points import Point, point_of
 from scaling.trackers.targets import check, online
 
 Frontiers = Mapping[str, Sequence[tuple[float, float]]]
-"""Name of a quantity (``loss_avg``, of several families ``var/loss_avg``) -> (FLOPs, value) by growing FLOPs."""
+"""Name of a quantity (``loss_avg``; of several families ``var/loss_avg``) -> (FLOPs, value) in order."""
 
 
 @dataclass
@@ -133,7 +133,7 @@ class _Sweep:
 
 
 def fit_numbers(fits: dict[str, Any]) -> dict[str, float]:
-    """The numbers of ``fits.json`` under names that say what they are of: ``var/loss_avg ~ params/exponent``."""
+    """The numbers of ``fits.json`` under names that say of what: ``var/loss_avg ~ params final/params/alpha``."""
     found: dict[str, float] = {}
     for family, study in fits.get("families", {}).items():
         for law in study.get("laws", []):
@@ -148,7 +148,7 @@ def fit_numbers(fits: dict[str, Any]) -> dict[str, float]:
 
 
 def _numbers(value: dict[str, Any], before: str) -> dict[str, float]:
-    found = {}
+    found: dict[str, float] = {}
     for key, inner in value.items():
         if isinstance(inner, dict):
             found |= _numbers(inner, f"{before}/{key}")

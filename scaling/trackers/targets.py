@@ -28,7 +28,7 @@ def check(trackers: Iterable[Tracker], mode: WandbMode = "auto") -> None:
             raise ConfigError(f"tracker {name}: its package is not installed; {how}")
     if "wandb" in trackers and mode == "online" and not has_key():
         raise ConfigError(
-            "wandb_mode is online, but there is no key; set WANDB_API_KEY or run 'wandb login', or take offline"
+            "wandb_mode online needs a key; set WANDB_API_KEY or run 'wandb login', or take offline"
         )
 
 

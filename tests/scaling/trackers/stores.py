@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from scaling.config import LaunchConfig, to_dict
+from scaling.config import LaunchConfig
 from scaling.launch import Tracker
 from scaling.records import RunFolder, write_json
 from scaling.trackers.copies import trackio_project
@@ -28,7 +28,12 @@ def records(steps: range) -> list[dict[str, Any]]:
         spent = {"step": step, "tokens": 40 * step, "epochs": step / 7, "flops": 10**12 * step}
         found.append({"kind": "train", **spent, "loss_avg": 5 / step, "lr": 1e-3, "images_per_second": 3.25})
         if step % 3 == 0:
-            measured = {"params": 73728, "loss_avg": 6 / step, "loss_avg_se": None, "loss_scales": [1.5, 2.5 / step]}
+            measured = {
+                "params": 73728,
+                "loss_avg": 6 / step,
+                "loss_avg_se": None,
+                "loss_scales": [1.5, 2.5 / step],
+            }
             found.append({"kind": "eval", **spent, **measured})
     return found
 
@@ -58,8 +63,8 @@ def make_report(sweep: Path) -> None:
     """What of a report the copies look at."""
     picture(sweep / "report" / "figures" / "loss_avg_vs_compute.png")
     (sweep / "report" / "report.md").write_text("# A <b>report</b>\n")
-    law = {"quantity": "loss_avg", "x": "params", "points": "final", "offset": False, "params": {"alpha": -0.5},
-           "interval": {"alpha": [-0.6, -0.4]}, "data": {"x": [1.0, 2.0, 3.0]}}  # fmt: skip
+    head = {"quantity": "loss_avg", "x": "params", "points": "final", "offset": False}
+    law = head | {"params": {"alpha": -0.5}, "interval": {"alpha": [-0.6, -0.4]}, "data": {"x": [1.0, 2.0]}}
     write_json(sweep / "report" / "fits.json", {"families": {"var": {"laws": [law], "forecasts": []}}})
 
 
@@ -80,7 +85,9 @@ def read_back(tracker: Tracker, folder: RunFolder, project: str = "varscale") ->
         from trackio.sqlite_storage import SQLiteStorage
 
         logs = SQLiteStorage.get_logs(trackio_project(project, sweep.name), folder.name)
-        rows = [{k: v for k, v in row.items() if k != "timestamp" and not isinstance(v, dict)} for row in logs]
+        rows = [
+            {k: v for k, v in row.items() if k != "timestamp" and not isinstance(v, dict)} for row in logs
+        ]
     else:
         rows = _scalars(sweep / "tensorboard" / folder.name)
     return ordered([row for row in rows if any("/" in name for name in row)])
@@ -105,8 +112,3 @@ def _scalars(place: Path) -> list[dict[str, float]]:
 
 def ordered(rows: list[dict[str, float]]) -> list[dict[str, float]]:
     return sorted(rows, key=lambda row: (row["step"], min(name for name in row if "/" in name)))
-
-
-def settings(launch: LaunchConfig) -> dict[str, Any]:
-    """As ``launch.json`` has them."""
-    return to_dict(launch)

@@ -1,4 +1,4 @@
-"""Copies made while a run trains: whole at its end, through kills too; and nothing that a tracker does stops it."""
+"""Copies made while a run trains: whole at its end, through kills too; and no tracker can stop the run."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ from scaling.trackers.mirror import Mirror
 from tests.scaling.trackers.stores import records
 folder = RunFolder(sys.argv[1])
 folder.set_status("running")
-mirror = Mirror(SimpleNamespace(is_main_process=True), from_dict(LaunchConfig, read_json(folder.path / "launch.json")), folder, 0)
+launch = from_dict(LaunchConfig, read_json(folder.path / "launch.json"))
+mirror = Mirror(SimpleNamespace(is_main_process=True), launch, folder, 0)
 for record in records(range(1, 9)):
     mirror.log(record)
 os.kill(os.getpid(), signal.SIGKILL)
@@ -103,7 +104,9 @@ def test_the_trainer_s_own_run_is_copied(tmp_path: Path) -> None:
     from scaling.trainer import train
 
     tokenizer = load_tokenizer(tokenizer_run / "tokenizer")
-    train(folder, config, launch, open_cache(tokens, tokenizer.content_hash, config.tokenizer.scales), tokenizer)
+    train(
+        folder, config, launch, open_cache(tokens, tokenizer.content_hash, config.tokenizer.scales), tokenizer
+    )
     wait_for_its_end(folder, 2)
     assert stores.read_back("wandb", folder) == stores.expected(folder)
     assert len(stores.read_back("tensorboard", folder)) == len(folder.metrics()) > 0

@@ -27,7 +27,11 @@ def test_lists_nulls_and_settings() -> None:
          "loss_scales": [1.0, 2.0]}
     )  # fmt: skip
     series = "fidelity/val-50, g=1.5"
-    assert point.values == {f"{series}/fid": 8.5, f"{series}/loss_scale_1": 1.0, f"{series}/loss_scale_2": 2.0}
+    assert point.values == {
+        f"{series}/fid": 8.5,
+        f"{series}/loss_scale_1": 1.0,
+        f"{series}/loss_scale_2": 2.0,
+    }
     assert series_of([*point.numbers]) == series
 
 

@@ -122,7 +122,9 @@ def test_a_run_that_copies_itself_is_left_alone(tmp_path: Path) -> None:
     assert "run-0: being trained" in done.words("tensorboard")
 
 
-def test_a_tracker_that_fails_says_so_and_leaves_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tracker_that_fails_says_so_and_leaves_a_note(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("tensorboard")
     sweep = tmp_path / "sweep"
     (folder,) = stores.make_sweep(sweep, runs=1)
@@ -175,8 +177,6 @@ def test_a_sweep_names_its_project_itself(tmp_path: Path) -> None:
         LaunchConfig(tracker_project="a/b")
     with pytest.raises(ConfigError, match="trackers names wandb more than once"):
         LaunchConfig(trackers=("wandb", "wandb"))
-
-
 
 
 def test_online_only_lines_that_are_missing_are_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
