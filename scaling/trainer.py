@@ -50,13 +50,13 @@ from scaling.families.registry import build, family_model
 from scaling.generation import sample_grid
 from scaling.layers.attention import back_end
 from scaling.memory import out_of_memory
-from scaling.mirror import Mirror
 from scaling.objective import Objective
 from scaling.process import DivergedError, Interrupted, JobProcess, recorded_failure, run_job
 from scaling.records import RunFolder, finite, read_json
 from scaling.schedule import learning_rate, weight_decay
 from scaling.steps import step_scales
 from scaling.tokenizer.vqvae import Tokenizer, load_tokenizer
+from scaling.trackers.mirror import Mirror
 from scaling.training_step import Batches, rehearse, train_step
 
 EVAL_BATCH = 64
@@ -72,7 +72,7 @@ def train(
 ) -> None:
     """Train the run in ``folder`` from its newest checkpoint to the end; every process calls it."""
     with recorded_failure(folder):
-        accelerator = make_accelerator(config, launch, folder)
+        accelerator = make_accelerator(config, launch)
     _train(accelerator, folder, config, launch, cache, tokenizer, sharing)
     # DDP's reducer must not be the last to let go of gloo's group: it would wait, holding Python's lock, for
     # the group's thread, which may be waiting for that lock. A rank then never ends.
@@ -100,7 +100,7 @@ def _train(
         start, shared = state.resume(folder, sharing.trunk)
         total = config.total_steps
         train_split, val_split = cache.split("train"), cache.split("val")
-        mirror = Mirror(accelerator, config, launch, folder, 0 if shared else start)
+        mirror = Mirror(accelerator, launch, folder, 0 if shared else start)
         for line in shared:
             mirror.log(line)
         batches = Batches(config, launch, accelerator, train_split, folder)
@@ -374,7 +374,7 @@ def machine_facts(
     return facts
 
 
-def make_accelerator(config: RunConfig, launch: LaunchConfig, folder: RunFolder) -> Accelerator:
+def make_accelerator(config: RunConfig, launch: LaunchConfig) -> Accelerator:
     """Accelerate for this run's precision and device.
 
     Raises:
@@ -383,8 +383,6 @@ def make_accelerator(config: RunConfig, launch: LaunchConfig, folder: RunFolder)
     return accelerator_on(
         launch.device,
         config.train.precision,
-        log_with=None if launch.wandb == "off" else "wandb",
-        project_dir=folder.path,
         # The model's buffers are constants: nothing to exchange before every step.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
