@@ -133,7 +133,7 @@ class _Sweep:
 
 
 def fit_numbers(fits: dict[str, Any]) -> dict[str, float]:
-    """The numbers of ``fits.json``, named by what they are of: ``var/loss_avg ~ params final/params/beta``."""
+    """The numbers of ``fits.json`` by name, such as ``var/loss_avg ~ params final/params/beta``."""
     found: dict[str, float] = {}
     for family, study in fits.get("families", {}).items():
         for law in study.get("laws", []):
