@@ -306,8 +306,8 @@ def test_a_run_out_of_time_is_queued_again_and_a_cancelled_one_is_not(
     sweep = Sweep(tmp_path, cluster)
     for name in ("tokenizers", "tokens"):
         shutil.copytree(disturbed.runs / name, sweep.runs / name)
-    # A minute is the least that Slurm has; of it twenty seconds are left before the run is told.
-    sweep.queue("--depths", "1", "--train.steps", "100000", "--time", "1", "--leave-seconds", "40")
+    # A minute is the least that Slurm has; of it 45 seconds are left before the run is told.
+    sweep.queue("--depths", "1", "--train.steps", "100000", "--time", "1", "--leave-seconds", "15")
     sweep.wait_for_checkpoint(1)
     job, run = sweep.job(1), sweep.run(1)
     wait_for(lambda: (run.status()["state"], run.status()["attempt"]) == ("running", 2))

@@ -81,8 +81,9 @@ $(for i in $(seq "$NODES"); do echo "NodeName=n$i NodeHostname=$HOST NodeAddr=12
 PartitionName=main Nodes=n[1-$NODES] Default=YES State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=$GRACE
 PartitionName=urgent Nodes=n[1-$NODES] State=UP PriorityTier=10 PreemptMode=OFF
 CONF
-if [ -n "${GUARD:-}" ]; then
-  (while kill -0 "$GUARD" 2>/dev/null; do sleep 2; done; exec bash "$HERE/down.sh" "$BASE") </dev/null >/dev/null 2>&1 &
+if [ -n "${GUARD:-}" ]; then   # in a session of its own: what ends the guarded process may be sent to its group
+  setsid bash -c 'while kill -0 "$0" 2>/dev/null; do sleep 2; done; exec bash "$1/down.sh" "$2"' \
+    "$GUARD" "$HERE" "$BASE" </dev/null >/dev/null 2>&1 &
 fi
 slurmctld -c
 for i in $(seq "$NODES"); do mkdir -p "$BASE/spool.n$i"; slurmd -c -N "n$i"; done
