@@ -326,12 +326,9 @@ def edit(words: tuple[str, str], request: EditRequest) -> int:
 
     folder, tokenizer = model_at(where, request)
 
-    from torch.cuda import is_available
-
     from scaling.edit_command import edit as edit_image
 
-    device = "cuda" if is_available() else "cpu"
-    report = edit_image(folder, image, replace(request, tokenizer=tokenizer), device)
+    report = edit_image(folder, image, replace(request, tokenizer=tokenizer))
     print(*report.words, report.sheet, sep="\n")
     return 0
 

@@ -30,8 +30,9 @@ LISTS = ("loss_scales", "error_scales")
 """Per-scale columns, coarse to fine."""
 QUANTITIES = ("loss_last", "loss_avg", "error_last", "error_avg")
 """Columns that laws are fitted to."""
-FACTS = ("run", "family", "depth", "width", "seed", "schedule", "batch", "state", "final")
-"""What the run is; ``schedule`` and ``batch`` are missing values where the config has none."""
+FACTS = ("run", "family", "depth", "width", "seed", "schedule", "batch", "state", "imported", "final")
+"""What the run is; ``schedule`` and ``batch`` are missing values where the config has none. ``imported``
+marks a published checkpoint that was evaluated, not trained, here."""
 COLUMNS = (*FACTS, *NUMBERS, *LISTS, "flops_spent")
 
 
@@ -135,7 +136,7 @@ def _load_run(folder: RunFolder) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     facts = {
         "run": folder.name, "family": model["family"], "depth": int(model["depth"]),
         "width": int(model["width"]), "seed": int(config["seed"]), "schedule": train.get("schedule"),
-        "batch": train.get("batch"), "state": status["state"],
+        "batch": train.get("batch"), "state": status["state"], "imported": bool(status.get("imported")),
     }  # fmt: skip
     file, shared = folder.path / "metrics.jsonl", folder.shared()["flops"]
     rows = []

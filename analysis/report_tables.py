@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from analysis import plots
-from analysis.families import Families, Pair
-from analysis.fidelity import SAMPLING, Protocol, drawing
+from analysis.families import Families
+from analysis.family_pairs import Pair
+from analysis.fidelity import DRAWS, SAMPLING, Protocol, drawing
 from analysis.outlook import Outlook
 from analysis.settings import in_words, setting_of
 from analysis.study import Law, Study
@@ -26,7 +27,7 @@ def run_rows(study: Study) -> list[dict[str, Any]]:
         row: dict[str, Any] = {
             "run": run["run"],
             "depth": run["depth"],
-            "seed": run["seed"],
+            "seed": "imported" if run["imported"] else run["seed"],
             "state": run["state"],
             "setting": ""
             if study.settings is None
@@ -262,7 +263,8 @@ def fidelity_rows(protocol: Protocol, families: Sequence[str]) -> list[dict[str,
                 "fid": _short(row["fid"]),
                 "is": _short(score) + ("" if math.isnan(spread) else f" ± {_short(spread)}"),
                 "precision": _short(row["precision"]), "recall": _short(row["recall"]),
-                "drawing": drawing([row[key] for key in SAMPLING]),
+                "drawing": drawing([row[key] for key in SAMPLING])
+                + (f"; mean of {row[DRAWS]} seeds" if row[DRAWS] > 1 else ""),
             }
         )  # fmt: skip
     return rows

@@ -32,7 +32,7 @@ from analysis.grids import Grid, comparable, fit_grid, has_lengths, of_one_lengt
 from analysis.outlook import Outlook, look_ahead
 from analysis.powerlaw import PowerLaw, fit_power_law
 from analysis.records import QUANTITIES, Records, read_records
-from analysis.seeds import fit_seeds
+from analysis.seeds import fit_seeds, places_of
 from analysis.settings import Settings, of_best_settings, varied
 from analysis.tidy import repeated_data
 from scaling.records import ListedRun, RecordsError, RunFolder
@@ -57,6 +57,8 @@ CONVENTIONS_OF = "loss_last"
 """The quantity whose exponents are told under other conventions."""
 WORDS = {"loss_last": "last-scale loss", "loss_avg": "average loss"}
 FORMS = {False: "without an offset", True: "with an offset"}
+NOTHING = 1e-3
+"""An offset's interval that starts below this share of its end does not exclude 0."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,21 @@ class Law:
     def status(self) -> str:
         """How the fit ended."""
         return self.law.status if self.law else self.problem
+
+    @property
+    def falls(self) -> bool:
+        """Whether the exponent is negative and its interval below 0."""
+        return self.law is not None and not self.law.no_interval() and self.law.interval()["alpha"][1] < 0
+
+    @property
+    def floor(self) -> bool:
+        """Whether a law with an offset converged, falls, and excludes that the offset is 0: the form without
+        one is rejected then."""
+        if not (self.offset and self.drawable and self.falls):
+            return False
+        assert self.law is not None
+        low, high = self.law.interval()["offset"]
+        return low > NOTHING * high
 
 
 @dataclass(frozen=True)
@@ -349,10 +366,11 @@ def _unreadable(records: Records) -> Iterator[str]:
 
 
 def _fit_final(final: pd.DataFrame, quantity: str, offset: bool) -> tuple[PowerLaw | None, str]:
-    if not final["params"].duplicated().any():
+    places = places_of(final, ["params"])
+    if not places.duplicated().any():
         return _try_fit(final["params"], final[quantity], offset)
     try:
-        return fit_seeds(final["params"], final[quantity], final["depth"], offset), ""
+        return fit_seeds(final["params"], final[quantity], places, offset), ""
     except DataError as error:
         return None, str(error)
 
@@ -371,10 +389,10 @@ def _forecasts(frame: pd.DataFrame) -> tuple[dict[str, tuple[tuple[bool, Forecas
     problems: dict[str, list[str]] = {}
     for quantity in QUANTITIES:
         final = _finished(frame[usable(frame, quantity)])
-        several = final["params"].duplicated().any()
+        places = places_of(final, ["params"])
         rows: list[tuple[bool, Forecast]] = []
         for offset in (False, True):
-            groups = final["depth"] if several and not offset else None
+            groups = places if places.duplicated().any() and not offset else None
             try:
                 said = backtest(final["params"], final[quantity], offset, groups=groups, level=LEVEL)
                 rows += [(offset, f) for f in said]
@@ -405,8 +423,10 @@ def _cautions(frame: pd.DataFrame, ladder: pd.DataFrame) -> Iterator[str]:
         return
     if len(depths) < 8:
         yield f"only {len(depths)} depth{'s' if len(depths) > 1 else ''} finished ({_list(depths)})"
-    seeds = final.groupby("depth")["seed"].nunique()
-    if seeds.max() == 1:
+    seeds = final[~final["imported"]].groupby("depth")["seed"].nunique()
+    if not len(seeds):
+        yield "every finished run is imported: nothing shows the scatter between seeds"
+    elif seeds.max() == 1:
         yield "one seed per depth: the scatter between seeds is seen only as scatter around the law"
     else:
         yield (
@@ -414,7 +434,7 @@ def _cautions(frame: pd.DataFrame, ladder: pd.DataFrame) -> Iterator[str]:
             "independent units, laws with one are fitted to the depths' geometric means; the forecast with "
             "an offset takes the runs as independent"
         )
-    if seeds.max() > seeds.min():
+    if len(seeds) and seeds.max() > seeds.min():
         counts = ", ".join(f"d{depth}: {count}" for depth, count in seeds.items())
         yield f"unequal numbers of seeds ({counts}); depths with more weigh more"
     spread = final["tokens"].max() / final["tokens"].min()
