@@ -20,7 +20,6 @@ import numpy as np
 from analysis.errors import DataError
 from analysis.isoflop import IsoFlop, fit_isoflop
 from analysis.parametric import ParametricLaw, fit_parametric
-from scaling.records import IMPORTED
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -72,7 +71,7 @@ def lengths(final: pd.DataFrame) -> pd.Series[float]:
 
 def imported(final: pd.DataFrame) -> pd.Series[bool]:
     """Rows of published checkpoints."""
-    return final["run"].astype(str).str.startswith(IMPORTED)
+    return final["imported"].astype(bool)
 
 
 def has_lengths(final: pd.DataFrame) -> bool:
