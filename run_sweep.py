@@ -37,7 +37,7 @@ import errno
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -57,7 +57,9 @@ from scaling.requests import (
     StagesRequest,
     same_images,
 )
-from scaling.schema import here
+from scaling.schema import here, require
+from sweeps.costs import Pricing
+from sweeps.forecasts import Forecasts, Point
 from sweeps.options import Option, flag_of, help_text, options_of, parse
 from sweeps.recipe import Recipe, load_recipe
 
@@ -79,11 +81,13 @@ class Options:
 
 
 @dataclass(frozen=True)
-class PlanOptions(Options):
+class PlanOptions(Options, Pricing):
     """Options of ``plan``."""
 
     json: bool = False
     """Print JSON instead of a table."""
+    calibrate: bool = False
+    """First time the device at hand by about a minute of short real training."""
 
 
 @dataclass(frozen=True)
@@ -103,8 +107,13 @@ class SweepOptions(Options):
 
 
 @dataclass(frozen=True)
-class StatusOptions(SweepOptions, PlanOptions):
+class StatusOptions(SweepOptions):
     """Options of ``status``."""
+
+    json: bool = False
+    """Print JSON instead of a table."""
+    watch: bool = False
+    """Show it anew every few seconds, until nothing is left to wait for; Ctrl-C leaves."""
 
 
 @dataclass(frozen=True)
@@ -116,8 +125,14 @@ def plan(recipe: Recipe, options: PlanOptions) -> int:
     """print what the sweep costs; runs nothing"""
     from sweeps import commands
 
-    made = commands.plan(recipe, Path(options.root), _resolve)
-    return commands.show_plan(made, options.json, _check_data)
+    stated = options.stated()
+    if options.calibrate:
+        require(stated is None, "--calibrate times the device at hand; leave out --device and --mfu")
+        code = commands.calibrate(commands.plan(recipe, Path(options.root), _resolve), _check_data)
+        if code != 0:
+            return code
+    made = commands.plan(recipe, Path(options.root), _resolve, stated)
+    return commands.show_plan(made, options.json, _check_data, options, _forecasts)
 
 
 def tokenize(recipe: Recipe, options: Options) -> int:
@@ -147,7 +162,7 @@ def status(recipe: Recipe, options: StatusOptions) -> int:
     """print where every job stands"""
     from sweeps.commands import show_status
 
-    return show_status(_sweep(recipe, options), options.json)
+    return show_status(_sweep(recipe, options), options.json, options.watch, _forecasts)
 
 
 def report(recipe: Recipe, options: ReportOptions) -> int:
@@ -434,6 +449,13 @@ def _check_data(data: DataConfig) -> str:
     from scaling.data.sources import open_source
 
     return open_source(data).fingerprint()
+
+
+def _forecasts(sweep: Path, points: Mapping[str, Point]) -> Forecasts:
+    """What the finished runs of a sweep say of the others."""
+    from analysis.expectation import Place, expect
+
+    return expect(sweep, {run: Place(*point) for run, point in points.items()})
 
 
 def _report(sweep: Path, show: bool) -> None:

@@ -36,7 +36,7 @@ from scaling.checkpoint import (
     save_checkpoint,
     sync_file,
 )
-from scaling.clock import Clock, device_name, peak_memory
+from scaling.clock import Clock, device_name, host_memory, peak_memory
 from scaling.config import PUBLISHED_SIDE, ConfigError, Device, LaunchConfig, Precision, RunConfig, from_dict
 from scaling.data.cache import CachedSplit, TokenCache, open_cache
 from scaling.data.sampler import batch_indices, batch_views
@@ -89,7 +89,7 @@ def _train(
         mirror = Mirror(accelerator, config, launch, folder, start)
         batches = Batches(config, launch, accelerator, train_split)
         eval_steps, snapshots = set(config.eval_steps), set(config.snapshot_steps.values())
-        clock = Clock(launch.checkpoint_seconds)
+        clock = Clock(launch.checkpoint_seconds, folder.status().get("seconds"))
         agreement, spent = Agreement(accelerator, start), flops.spent(config, start)
         for step in range(start, total):
             set_rates(state.optimizer, config, step)
@@ -104,8 +104,9 @@ def _train(
                     raise TrainingError(f"the loss became {values['loss_avg']} at step {done}")
                 mirror.log(values | {"images_per_second": speed})
                 job.beat(step=done, total_steps=total, loss=values["loss_avg"], images_per_second=speed)
+                job.beat(seconds=dict(clock.seconds))
             if done in eval_steps:
-                with clock.paused():
+                with clock.paused("evaluation"):
                     evaluation = evaluate(
                         state.bare, config.model, state.quantizer, val_split, accelerator,
                         cached=config.tokenizer.scales, images=config.evaluation.images,
@@ -116,18 +117,20 @@ def _train(
                     raise TrainingError(f"the validation loss became {record['loss_avg']} at step {done}")
                 mirror.log(record)
             if done in snapshots and accelerator.is_main_process:
-                with clock.paused():
+                with clock.paused("checkpoints"):
                     write_weights(state.bare, folder.snapshot(done))
             leave, due = agreement.ask(done, job.should_stop(), clock.checkpoint_due())
             if (leave or due) and done < total:
-                with clock.paused():
+                with clock.paused("checkpoints"):
                     state.save(folder, done)
                 clock.checkpointed()
                 if leave:
                     raise Interrupted
         if start < total:
-            state.save(folder, total)
-        finish(folder, config, launch, state, tokenizer)
+            with clock.paused("checkpoints"):
+                state.save(folder, total)
+        with clock.paused("samples"):
+            finish(folder, config, launch, state, tokenizer)
         job.beat(step=total, total_steps=total, **machine_facts(config, launch, accelerator, clock))
         mirror.close()
         accelerator.wait_for_everyone()
@@ -368,6 +371,8 @@ def machine_facts(
         "processes": accelerator.num_processes,
         "precision": config.train.precision,
         "peak_memory": peak_memory(accelerator.device),
+        "host_memory": host_memory(),
+        "seconds": dict(clock.seconds),
     }
     if clock.steps_per_second is not None:
         facts["images_per_second"] = clock.steps_per_second * config.train.batch

@@ -17,7 +17,8 @@ from scaling.records import RecordsError
 from sweeps import calibration
 from sweeps.calibration import ImageSpeed, RunSpeed
 from sweeps.machine import Allotment, Machine
-from sweeps.plan import Plan, makespan, stage_of
+from sweeps.packing import makespan
+from sweeps.plan import Plan, stage_of
 from sweeps.recipe import load_recipe
 from sweeps.tables import duration, plan_notes
 from tests.sweeps.test_plan import LAPTOP, planned, printed
