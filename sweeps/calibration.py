@@ -128,8 +128,6 @@ class Estimate:
     """Whether a job of just this kind (of a run: its depth and tokens per image) with these settings was
     finished here."""
     same_settings: bool = True
-    beside: float = 0.0
-    """Of ``seconds``, those of a run that are not spent training."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +165,7 @@ class Calibration:
         depths, depth = tuple(sorted({low.depth, high.depth})), run.model.depth
         same = {low.settings, high.settings} == {run_settings(run, allotment, launch)}
         exact = depths == (depth,) and low.seq_len == run.model.seq_len and same
-        return Estimate(seconds, depths, exact, same, seconds - training)
+        return Estimate(seconds, depths, exact, same)
 
     def memory(
         self, run: RunConfig, closed: int, machine: Machine, threads: int, launch: LaunchConfig

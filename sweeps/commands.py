@@ -59,13 +59,16 @@ def plan(recipe: Recipe, root: Path, resolve: Resolve, stated: Stated | None = N
     return make_plan(recipe, resolve(recipe.data), root, this_machine(device), stated)
 
 
-def calibrate(made: Plan, check_data: CheckData) -> int:
+def calibrate(made: Plan, check_data: CheckData, as_json: bool) -> int:
     """Time this machine for a plan's runs in a minute of short real training; the exit code.
+
+    Args:
+        as_json: standard output is for the plan alone.
 
     Raises:
         ConfigError: several machines share the runs, or no run fits into this machine.
     """
-    out, launch = console(), made.recipe.launch
+    out, launch = Console(stderr=True) if as_json else console(), made.recipe.launch
     configs, stages = made.configs, [stage_of(j) for j in made.stage_jobs if j.kind == "tokenizer"]
     alone = allot(
         made.machine,

@@ -83,8 +83,8 @@ def allot(machine: Machine, launch: LaunchConfig, memories: Sequence[int], per_g
 
     On GPUs each run gets ``launch.processes`` of them, which ``per_gpu`` runs share; ``launch.runs_at_once``
     sets the number of places itself. The first places are on different GPUs, so that the heaviest runs, which
-    start first, do not share one while another is idle. On the CPU as many runs at once as there are cores and
-    as fit into memory, largest first. Several machines share one run at a time.
+    start first, do not share one while another is idle. On the CPU as many runs at once as there are cores
+    and as fit into memory, largest first. Several machines share one run at a time.
 
     Raises:
         ConfigError: more GPUs wanted than there are.

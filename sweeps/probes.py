@@ -272,11 +272,12 @@ def _stage_speeds(
         "tokens": found["beside"],
     }
     speed = {"tokenizer": found["images_per_second"], "tokens": found["encoded_per_second"]}
-    points = max(calibration.LOG_POINTS, found["steps"])
+    # A token job that has run tells its speed once: it is better than this one, and must replace it.
+    points = {"tokenizer": max(calibration.LOG_POINTS, found["steps"]), "tokens": 0}
     kinds: tuple[Literal["tokenizer", "tokens"], ...] = ("tokenizer", "tokens")
     for kind in kinds:
         yield ImageSpeed(
             kind, machine.name, threads, launch.processes, calibration.image_precision(kind, stage),
-            calibration.image_shape(stage), speed[kind], other[kind], points,
+            calibration.image_shape(stage), speed[kind], other[kind], points[kind],
             calibration.image_settings(kind, stage, launch), stage.tokenizer.quantizer,
         )  # fmt: skip

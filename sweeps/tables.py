@@ -225,8 +225,7 @@ def _time_note(plan: Plan) -> str:
     parts = []
     if measured:
         parts.append(
-            f"{_depths(measured, several)} at the speed of the last run of that depth finished on this "
-            "machine"
+            f"{_depths(measured, several)} at the speed last measured at that depth on this machine"
         )
     for family in plan.recipe.families:
         near = [(r, found) for r, found in pairs if found and not found.measured and r.family == family]
@@ -234,7 +233,7 @@ def _time_note(plan: Plan) -> str:
             used = sorted({depth for _, found in near for depth in found.depths})
             parts.append(
                 f"~ {_depths([run for run, _ in near], several)} by FLOPs, from the speed of "
-                f"{_several(len(used), 'finished run')} ({_listed(used)})"
+                f"{_several(len(used), 'measured depth')} ({_listed(used)})"
             )
     others = [r for r, found in pairs if found and not found.measured and not found.same_settings]
     if others:
