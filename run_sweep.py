@@ -128,7 +128,8 @@ def plan(recipe: Recipe, options: PlanOptions) -> int:
     stated = options.stated()
     if options.calibrate:
         require(stated is None, "--calibrate times the device at hand; leave out --device and --mfu")
-        code = commands.calibrate(commands.plan(recipe, Path(options.root), _resolve), _check_data, options.json)
+        made = commands.plan(recipe, Path(options.root), _resolve)
+        code = commands.calibrate(made, _check_data, options.json)
         if code != 0:
             return code
     made = commands.plan(recipe, Path(options.root), _resolve, stated)

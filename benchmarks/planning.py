@@ -4,8 +4,8 @@
 
 One small sweep of photographs at depths 1 to 3, from images to the last run, in a folder of its own that is
 removed afterwards; each round calibrates anew and trains anew. FLOPs must agree exactly, times are meant to
-within 25 %, memory to within 15 %. Another load on the machine between calibration and end shows in the times:
-the load is printed with them.
+within 25 %, memory to within 15 %. Another load on the machine between calibration and end shows in the
+times: the load is printed with them.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ tokenizer:
   multipliers: [1, 2, 4, 4]
   res_blocks: 1
   scales: [1, 2, 3, 4]
-tokenizer_train: {steps: 150, batch: 16, lr: 2.0e-3, codebook: 0.1, autoencode_steps: 30}
-train: {steps: 150, batch: 64, lr: 2.0e-3, precision: fp32}
+tokenizer_train: {steps: 80, batch: 16, lr: 2.0e-3, codebook: 0.1, autoencode_steps: 30}
+train: {steps: 60, batch: 64, lr: 2.0e-3, precision: fp32}
 evaluation: {points: 6}
 """
 

@@ -224,9 +224,7 @@ def _time_note(plan: Plan) -> str:
     measured = [run for run, found in pairs if found and found.measured]
     parts = []
     if measured:
-        parts.append(
-            f"{_depths(measured, several)} at the speed last measured at that depth on this machine"
-        )
+        parts.append(f"{_depths(measured, several)} at the speed last measured at that depth on this machine")
     for family in plan.recipe.families:
         near = [(r, found) for r, found in pairs if found and not found.measured and r.family == family]
         if near:
