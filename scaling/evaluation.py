@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
@@ -22,7 +21,8 @@ from torch import Tensor, nn
 from scaling.config import ModelConfig
 from scaling.data.cache import CachedSplit
 from scaling.data.live import EncodedSplit
-from scaling.families.registry import FAMILIES
+from scaling.families.registry import FAMILIES, family_model
+from scaling.objective import Objective
 from scaling.steps import token_columns
 from scaling.tokenizer.quantizer import Quantizer
 
@@ -48,13 +48,6 @@ class Evaluation:
                 record[f"{name}_{part}_se"] = float(spread / np.sqrt(len(per_image)))
             record[f"{name}_scales"] = [float(v) for v in values_nK.mean(axis=0)]
         return record | {"eval_images": len(self.loss_nK)}
-
-
-def token_losses(logits_BLV: Tensor, tokens_BL: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy in nats (B, L) and whether the argmax is wrong (B, L), in fp32."""
-    loss_BL = F.cross_entropy(logits_BLV.flatten(0, 1), tokens_BL.flatten(), reduction="none")
-    wrong_BL = logits_BLV.detach().argmax(dim=-1) != tokens_BL
-    return loss_BL.view_as(tokens_BL), wrong_BL.float()
 
 
 def per_scale(values_BL: Tensor, scales: tuple[int, ...]) -> Tensor:
@@ -89,7 +82,7 @@ def evaluate(
     mine = (np.arange(count) * split.images // count)[rank::world]
     inputs, scales = FAMILIES[config.family].inputs, config.scales
     columns = token_columns(cached, scales)
-    training = model.training
+    objective, training = Objective(family_model(model)), model.training
     model.eval()
     rows: list[np.ndarray] = []
     for start in range(0, len(mine), batch):
@@ -99,8 +92,8 @@ def evaluate(
         tokens_BL = tokens_BL.to(accelerator.device)
         labels_B = torch.from_numpy(split.labels[indices]).to(accelerator.device)
         with accelerator.autocast():
-            logits_BLV = model(labels_B, inputs(quantizer, tokens_BL, config.sizes))
-        loss_BL, wrong_BL = token_losses(logits_BLV, tokens_BL)
+            given = inputs(quantizer, tokens_BL, config.sizes)
+            _, loss_BL, wrong_BL = objective(labels_B, given, tokens_BL, sizes=config.sizes)
         both = torch.stack([per_scale(loss_BL, scales), per_scale(wrong_BL, scales)], dim=1)
         rows.append(both.double().cpu().numpy())
     model.train(training)

@@ -60,7 +60,9 @@ class LaunchConfig:
     """Runs that share each GPU; None for what 'plan --calibrate' found to end the sweep soonest, else 1."""
     device: Device = "auto"
     compile: bool = False
-    attention: Literal["masked", "blockwise"] = "masked"
+    attention: Literal["auto", "masked", "blockwise"] = "auto"
+    """masked: one fused call over all pairs of tokens; blockwise: step by step, without masked work; auto:
+    blockwise on a CPU, masked on a GPU (``benchmarks.training`` shows the difference)."""
     checkpoint_seconds: float = 120.0
     """At most this much work is lost to a kill."""
     log_every: int = 10

@@ -41,10 +41,12 @@ from scaling.config import PUBLISHED_SIDE, ConfigError, Device, LaunchConfig, Pr
 from scaling.data.cache import CachedSplit, TokenCache, open_cache
 from scaling.data.sampler import batch_indices, batch_views
 from scaling.draws import step_draws
-from scaling.evaluation import evaluate, per_scale, token_losses
+from scaling.evaluation import evaluate, per_scale
 from scaling.families.registry import FAMILIES, build, family_model
 from scaling.generation import sample_grid
+from scaling.layers.attention import back_end
 from scaling.mirror import Mirror
+from scaling.objective import Objective
 from scaling.process import Interrupted, JobProcess, recorded_failure, run_job
 from scaling.records import RunFolder, finite, read_json
 from scaling.schedule import learning_rate, weight_decay
@@ -155,7 +157,7 @@ class State:
         optimizer = torch.optim.AdamW(
             groups, lr=train.peak_lr, betas=train.betas, eps=train.eps, weight_decay=0.0, fused=True
         )
-        self.model, self.optimizer = accelerator.prepare(self.bare, optimizer)
+        self.model, self.optimizer = accelerator.prepare(Objective(family_model(self.bare)), optimizer)
         self.model.train()
 
     def save(self, folder: RunFolder, step: int) -> None:
@@ -252,12 +254,12 @@ def train_step(state: State, batches: Batches, step: int, scales: tuple[int, ...
         with torch.no_grad():
             given = inputs(state.quantizer, tokens_BL, sizes)
         with contextlib.nullcontext() if last else accelerator.no_sync(state.model):
-            with accelerator.autocast():
-                logits_BLV = state.model(labels_B, given, path_scale, sizes)
-            loss_BL, wrong_BL = token_losses(logits_BLV, tokens_BL)
             # DDP averages gradients over processes, so each contributes its sum times their number.
-            accelerator.backward(loss_BL.sum() * (accelerator.num_processes / global_tokens))
-        for name, values_BL in (("loss", loss_BL.detach()), ("error", wrong_BL)):
+            weight = accelerator.num_processes / global_tokens
+            with accelerator.autocast():
+                total, loss_BL, wrong_BL = state.model(labels_B, given, tokens_BL, path_scale, sizes, weight)
+            accelerator.backward(total)
+        for name, values_BL in (("loss", loss_BL), ("error", wrong_BL)):
             by_scale = per_scale(values_BL, scales).sum(dim=0)
             for part, value in (("avg", values_BL.mean(dim=1).sum()), ("last", by_scale[-1])):
                 key = f"{name}_{part}"
@@ -370,6 +372,7 @@ def machine_facts(
         "threads": torch.get_num_threads(),
         "processes": accelerator.num_processes,
         "precision": config.train.precision,
+        "attention": back_end(launch.attention, accelerator.device),
         "peak_memory": peak_memory(accelerator.device),
         "host_memory": host_memory(),
         "seconds": dict(clock.seconds),
