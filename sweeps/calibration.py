@@ -43,7 +43,7 @@ from scaling.config import (
 )
 from scaling.flops import forward_flops, spent, train_memory
 from scaling.records import RecordsError, RunFolder, finite, read_json, write_json
-from sweeps.machine import Allotment, Machine
+from sweeps.machine import Allotment, Machine, gpu_groups
 
 FILE = "calibration.json"
 LOG_POINTS = 5
@@ -370,15 +370,16 @@ def run_speed(
         settings=run_settings(run, allotment, launch),
         family=run.model.family,
         runs_per_gpu=allotment.per_gpu,
-        closed_memory=closed_memory(run, launch),
+        closed_memory=closed_memory(run, machine, launch),
         **measured,
     )  # fmt: skip
 
 
-def closed_memory(run: RunConfig, launch: LaunchConfig) -> int:
+def closed_memory(run: RunConfig, machine: Machine, launch: LaunchConfig) -> int:
     """``train_memory`` of one of a run's processes."""
     micro = micro_batch(run.train.batch, launch.machines * launch.processes, launch)
-    return train_memory(run.model, micro, run.train.precision)
+    device = "cuda" if gpu_groups(machine, launch) else "cpu"
+    return train_memory(run.model, micro, run.train.precision, device, launch.attention)
 
 
 def measure_images(

@@ -73,7 +73,7 @@ def calibrate(made: Plan, check_data: CheckData, as_json: bool) -> int:
     alone = allot(
         made.machine,
         launch,
-        [calibration.closed_memory(c, launch) for c in configs],
+        [calibration.closed_memory(c, made.machine, launch) for c in configs],
         launch.runs_per_gpu or 1,
     )
     if (missing := _missing_data(made, check_data)) is not None:

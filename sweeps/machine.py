@@ -22,9 +22,8 @@ from pathlib import Path
 
 from scaling.config import ConfigError, LaunchConfig
 
-PROCESS_BYTES = 380 * 2**20
-"""What one training process takes beside its tensors (libraries, data), measured on the CPU: 345 to 450 MiB
-over four families and depths 1 to 5 (docs/LOG.md)."""
+PROCESS_BYTES = 360 * 2**20
+"""What one training process takes beside its tensors (libraries, data), measured on the CPU (docs/LOG.md)."""
 MEMORY_SHARE = 0.8
 """Share of the machine's memory that a sweep may fill."""
 

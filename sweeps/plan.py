@@ -234,7 +234,7 @@ def make_plan(
     if stated is not None:
         machine, launch = stated.machine(machine, launch), dataclasses.replace(launch, device="cuda")
     calibration = Calibration() if stated is not None else load()
-    memories = [closed_memory(c, launch) for c in configs]
+    memories = [closed_memory(c, machine, launch) for c in configs]
     allotment = allot(machine, launch, memories, chosen_per_gpu(configs, calibration, machine, launch))
 
     threads = stage_threads(launch, machine)
@@ -277,7 +277,7 @@ def chosen_per_gpu(
         seconds[number] = [f.seconds if f else None for f in found]
         if number == 1:
             for config in configs:
-                closed = closed_memory(config, launch)
+                closed = closed_memory(config, machine, launch)
                 known = calibration.memory(config, closed, machine, divided.threads, launch)
                 memories.append((known or closed) + PROCESS_BYTES)
     return runs_per_gpu(seconds, memories, machine.gpu_memory, groups)

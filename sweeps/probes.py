@@ -120,7 +120,9 @@ def _chosen(
     notes: list[str] = []
     for family in families:
         own = {run.model.depth: run for run in reversed(runs) if run.model.family == family}
-        fits = [d for d, r in own.items() if calibration.closed_memory(r, launch) + PROCESS_BYTES <= room]
+        fits = [
+            d for d, r in own.items() if calibration.closed_memory(r, machine, launch) + PROCESS_BYTES <= room
+        ]
         if len(fits) < len(own):
             large = ", ".join(str(d) for d in sorted(set(own) - set(fits)))
             notes.append(f"{family} depth {large}: not timed, it does not fit into this machine's memory")

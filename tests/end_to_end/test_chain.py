@@ -131,7 +131,9 @@ def test_status_and_plan_know_that_all_is_done(unbroken: Path) -> None:
     for run in plan["runs"]:
         folder = RunFolder(unbroken / "runs" / "tiny" / run["run"])
         last = folder.metrics("eval")[-1]
-        assert (run["flops"], run["tokens"]) == (last["flops"], last["tokens"]), "planned is recorded, exactly"
+        assert (run["flops"], run["tokens"]) == (last["flops"], last["tokens"]), (
+            "planned is recorded, exactly"
+        )
         assert set(folder.status()["seconds"]) == {"train", "evaluation", "checkpoints", "samples"}
     recorded = [r.metrics("eval")[-1]["flops"] for r in list_runs(unbroken / "runs" / "tiny")]
     assert [run["flops"] for run in plan["runs"]] == recorded

@@ -93,7 +93,7 @@ def test_a_plan_after_a_calibration_knows_every_time_and_every_memory(
         assert estimate.measured == (row.depth in (1, 2, 5))
         assert row.memory_measured
     assert after.runs[0].memory_per_process == RUN["peak_memory"]
-    growth = [row.memory_per_process - calibration.closed_memory(c, recipe.launch)
+    growth = [row.memory_per_process - calibration.closed_memory(c, LAPTOP, recipe.launch)
               for row, c in zip(after.runs, after.configs, strict=True)]  # fmt: skip
     assert growth == sorted(growth, reverse=True), "between depths that lacked less and less"
 
@@ -137,7 +137,7 @@ def test_a_probe_that_fails_is_told_and_the_others_count(
 
 def test_depths_that_do_not_fit_are_not_tried(tmp_path: Path, timed: list[Job]) -> None:
     plan = planned(tmp_path, load_recipe("quickstart", {("launch", "runs_at_once"): 1}))
-    closed = [calibration.closed_memory(c, plan.recipe.launch) for c in plan.configs]
+    closed = [calibration.closed_memory(c, LAPTOP, plan.recipe.launch) for c in plan.configs]
     small = dataclasses.replace(
         LAPTOP, memory=int((closed[3] + probes.PROCESS_BYTES) / probes.MEMORY_SHARE) + 1
     )
