@@ -42,7 +42,7 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -63,7 +63,9 @@ from scaling.requests import (
     StagesRequest,
     same_images,
 )
-from scaling.schema import here
+from scaling.schema import here, require
+from sweeps.costs import Pricing
+from sweeps.forecasts import Forecasts, Point
 from sweeps.options import Option, flag_of, help_text, options_of, parse
 from sweeps.recipe import Recipe, load_recipe
 from sweeps.slurm_options import SlurmOptions
@@ -86,11 +88,13 @@ class Options:
 
 
 @dataclass(frozen=True)
-class PlanOptions(Options):
-    """Options of every command that prints tables."""
+class PlanOptions(Options, Pricing):
+    """Options of ``plan`` on any machine."""
 
     json: bool = False
     """Print JSON instead of a table."""
+    calibrate: bool = False
+    """First time the device at hand by about a minute of short real training."""
 
 
 @dataclass(frozen=True)
@@ -123,8 +127,13 @@ class SweepOptions(Options):
 
 
 @dataclass(frozen=True)
-class StatusOptions(SweepOptions, PlanOptions):
+class StatusOptions(SweepOptions):
     """Options of ``status``."""
+
+    json: bool = False
+    """Print JSON instead of a table."""
+    watch: bool = False
+    """Show it anew every few seconds, until nothing is left to wait for; Ctrl-C leaves."""
 
 
 @dataclass(frozen=True)
@@ -163,13 +172,24 @@ def plan(recipe: Recipe, options: CostOptions) -> int:
     from sweeps import commands
 
     options.check()
+    stated = options.stated()
     if options.executor == "slurm":
         from sweeps import slurm_commands
 
+        require(
+            stated is None and not options.calibrate,
+            "--calibrate, --device and --mfu are not for --executor slurm, which plans by runs done there",
+        )
         made = slurm_commands.plan(recipe, Path(options.root), _resolve, options)
         return slurm_commands.show_plan(made, options.json, _check_data, options)
-    made = commands.plan(recipe, Path(options.root), _resolve)
-    return commands.show_plan(made, options.json, _check_data)
+    if options.calibrate:
+        require(stated is None, "--calibrate times the device at hand; leave out --device and --mfu")
+        made = commands.plan(recipe, Path(options.root), _resolve)
+        code = commands.calibrate(made, _check_data, options.json)
+        if code != 0:
+            return code
+    made = commands.plan(recipe, Path(options.root), _resolve, stated)
+    return commands.show_plan(made, options.json, _check_data, options, _forecasts)
 
 
 def tokenize(recipe: Recipe, options: Options) -> int:
@@ -213,7 +233,7 @@ def status(recipe: Recipe, options: StatusOptions) -> int:
     """print where every job stands"""
     from sweeps.commands import show_status
 
-    return show_status(_sweep(recipe, options), options.json)
+    return show_status(_sweep(recipe, options), options.json, options.watch, _forecasts)
 
 
 def cancel(recipe: Recipe, options: SweepOptions) -> int:
@@ -578,6 +598,13 @@ def _check_data(data: DataConfig) -> str:
     from scaling.data.sources import open_source
 
     return open_source(data).fingerprint()
+
+
+def _forecasts(sweep: Path, points: Mapping[str, Point]) -> Forecasts:
+    """What the finished runs of a sweep say of the others."""
+    from analysis.expectation import Place, expect
+
+    return expect(sweep, {run: Place(*point) for run, point in points.items()})
 
 
 def _report(sweep: Path, show: bool) -> None:

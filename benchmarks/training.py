@@ -54,9 +54,11 @@ from scaling.config import (
 )
 from scaling.data.cache import CachedSplit
 from scaling.layers.attention import Backend
+from scaling.records import RunFolder
 from scaling.tokenizer.quantizer import MultiScaleQuantizer
 from scaling.tokenizer.vqvae import Tokenizer
-from scaling.trainer import Batches, State, accelerator_on, set_rates, train_step
+from scaling.trainer import State, accelerator_on, set_rates
+from scaling.training_step import Batches, train_step
 
 IMAGES = 2048
 """In the cache."""
@@ -92,7 +94,12 @@ def run_config(depth: int, batch: int, precision: Precision) -> RunConfig:
 
 
 def our_step(
-    depth: int, precision: Precision, split: CachedSplit, options: argparse.Namespace, launch: LaunchConfig
+    depth: int,
+    precision: Precision,
+    split: CachedSplit,
+    folder: Path,
+    options: argparse.Namespace,
+    launch: LaunchConfig,
 ) -> Callable[[], object]:
     """This project's training step."""
     config = run_config(depth, options.batch, precision)
@@ -103,7 +110,7 @@ def our_step(
     quantizer = MultiScaleQuantizer(config.tokenizer).eval().requires_grad_(False)
     tokenizer = SimpleNamespace(content_hash="benchmark", quantize=quantizer)
     state = State(config, launch, accelerator, cast(Tokenizer, tokenizer))
-    batches, steps = Batches(config, launch, accelerator, split), itertools.count()
+    batches, steps = Batches(config, launch, accelerator, split, RunFolder(folder)), itertools.count()
 
     def step() -> None:
         number = next(steps)
@@ -182,7 +189,9 @@ def seconds(action: Callable[[], object], device: torch.device) -> tuple[float, 
     return time.perf_counter() - start, time.process_time() - used
 
 
-def variants(options: argparse.Namespace, split: CachedSplit, device: torch.device) -> list[Variant]:
+def variants(
+    options: argparse.Namespace, split: CachedSplit, folder: Path, device: torch.device
+) -> list[Variant]:
     """All that is to be timed."""
     found = []
     for depth, precision in itertools.product(options.depths, options.precisions):
@@ -196,7 +205,7 @@ def variants(options: argparse.Namespace, split: CachedSplit, device: torch.devi
         for attention, compile_it in itertools.product(options.attention, compiled):
             launch = LaunchConfig(threads=options.threads, attention=attention, compile=compile_it)
             name = f"ours, {attention}" + (", compiled" if compile_it else "")
-            step = our_step(depth, precision, split, options, launch)
+            step = our_step(depth, precision, split, folder, options, launch)
             found.append(Variant(name, depth, precision, step, cost))
     return found
 
@@ -268,7 +277,7 @@ def main() -> None:
     device = accelerator_on(cast(Device, options.device), "fp32").device
     with tempfile.TemporaryDirectory() as name:
         split = build_cache(Path(name), IMAGES, ModelConfig.from_depth(1).scales, views=1)
-        found = variants(options, split, device)
+        found = variants(options, split, Path(name), device)
         measure(found, options.repetitions, device)
     print(f"{device_name(device)}, {options.threads} threads, torch {torch.__version__}")
     Console(width=150).print(table(found, options.batch))

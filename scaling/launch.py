@@ -59,6 +59,8 @@ class LaunchConfig:
     """CPU threads per process; None divides the cores among the runs at once."""
     runs_at_once: int | None = None
     """Runs trained side by side; None for as many as cores or GPUs, and memory, allow."""
+    runs_per_gpu: int | None = None
+    """Runs that share each GPU; None for what 'plan --calibrate' found to end the sweep soonest, else 1."""
     device: Device = "auto"
     compile: bool = False
     attention: Literal["auto", "masked", "blockwise"] = "auto"
@@ -107,7 +109,7 @@ class LaunchConfig:
             self.micro_batch is None or self.micro_batch >= 1,
             f"launch.micro_batch must be at least 1, got {self.micro_batch}",
         )
-        for name in ("threads", "runs_at_once"):
+        for name in ("threads", "runs_at_once", "runs_per_gpu"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"launch.{name} must be at least 1, got {value}")
         require(self.retries >= 0, f"launch.retries must not be negative, got {self.retries}")

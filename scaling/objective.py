@@ -18,12 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from scaling.families.interface import FamilyModel
+from scaling.flops import LOGITS_AT_ONCE
 from scaling.layers.attention import Size
 from scaling.layers.block import compute_dtype
 from scaling.layers.linear import linear
-
-PORTION = {"cpu": 2**20, "cuda": 2**26}
-"""Logits at a time: 4 MB stay in a CPU's cache, while a GPU wants large products."""
 
 
 class TokenLosses(NamedTuple):
@@ -87,7 +85,7 @@ class _Loss(torch.autograd.Function):
             grad_NW = torch.empty_like(low_NW)
             grad_VW = torch.zeros_like(weight_VW, dtype=torch.float32)
             grad_V = torch.zeros_like(bias_V, dtype=torch.float32)
-        rows = max(1, PORTION.get(h_NW.device.type, PORTION["cuda"]) // len(weight_VW))
+        rows = max(1, LOGITS_AT_ONCE.get(h_NW.device.type, LOGITS_AT_ONCE["cuda"]) // len(weight_VW))
         with torch.autocast(h_NW.device.type, enabled=False):
             for start in range(0, len(h_NW), rows):
                 part = slice(start, start + rows)

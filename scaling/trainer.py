@@ -41,7 +41,7 @@ from scaling.checkpoint import (
     save_checkpoint,
     sync_file,
 )
-from scaling.clock import Clock, device_name, peak_memory
+from scaling.clock import Clock, device_name, host_memory, peak_memory
 from scaling.config import PUBLISHED_SIDE, ConfigError, Device, LaunchConfig, Precision, RunConfig, from_dict
 from scaling.data.cache import TokenCache, open_cache
 from scaling.divergence import Divergence
@@ -107,7 +107,7 @@ def _train(
         before = [r["loss_avg"] for r in folder.metrics("train") if r["step"] <= start]
         divergence = Divergence(config.model.vocab, accelerator.scaler is not None, before)
         eval_steps, snapshots = set(config.eval_steps), set(config.snapshot_steps.values())
-        clock = Clock(launch.checkpoint_seconds)
+        clock = Clock(launch.checkpoint_seconds, folder.status().get("seconds"))
         agreement, spent = Agreement(accelerator, start), flops.spent(config, start)
         if start < total and accelerator.num_processes > 1:
             rehearse(state, batches)
@@ -123,9 +123,9 @@ def _train(
                 job.beat(step=done, total_steps=total)
                 divergence.look(values["loss_avg"], values["grad_norm"], done)
                 mirror.log(values | {"images_per_second": speed})
-                job.beat(loss=values["loss_avg"], images_per_second=speed)
+                job.beat(loss=values["loss_avg"], images_per_second=speed, seconds=dict(clock.seconds))
             if done in eval_steps:
-                with clock.paused():
+                with clock.paused("evaluation"):
                     evaluation = evaluate(
                         state.bare, config.model, state.quantizer, val_split, accelerator,
                         cached=config.tokenizer.scales, images=config.evaluation.images,
@@ -136,21 +136,23 @@ def _train(
                     raise DivergedError(f"the validation loss became {record['loss_avg']} at step {done}")
                 mirror.log(record)
             if done in snapshots and accelerator.is_main_process:
-                with clock.paused():
+                with clock.paused("checkpoints"):
                     write_weights(state.bare, folder.snapshot(done))
             if done in sharing.leave:
-                with clock.paused():
+                with clock.paused("checkpoints"):
                     state.leave(folder, done)
             leave, due = agreement.ask(done, job.should_stop(), clock.checkpoint_due())
             if (leave or due) and done < total:
-                with clock.paused():
+                with clock.paused("checkpoints"):
                     state.save(folder, done)
                 clock.checkpointed()
                 if leave:
                     raise Interrupted
         if start < total:
-            state.save(folder, total)
-        finish(folder, config, launch, state, tokenizer)
+            with clock.paused("checkpoints"):
+                state.save(folder, total)
+        with clock.paused("samples"):
+            finish(folder, config, launch, state, tokenizer)
         facts = machine_facts(config, launch, accelerator, clock)
         job.beat(step=total, total_steps=total, micro_batch=batches.micro.size, **facts)
         mirror.close()
@@ -368,6 +370,8 @@ def machine_facts(
         "precision": config.train.precision,
         "attention": back_end(launch.attention, accelerator.device),
         "peak_memory": peak_memory(accelerator.device),
+        "host_memory": host_memory(),
+        "seconds": dict(clock.seconds),
     }
     if clock.steps_per_second is not None:
         facts["images_per_second"] = clock.steps_per_second * config.train.batch

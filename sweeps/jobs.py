@@ -1,8 +1,9 @@
 """Jobs: what a sweep starts as processes, and the folders that they work in.
 
-- A sweep has three kinds: tokenizers, their token caches, runs. Measuring pictures and training a classifier
-  are jobs by themselves (``sweeps.fidelity``). Each reads ``config.json`` and ``launch.json`` of its folder,
-  so a command line holds paths only. A run needs its own tokens, and no other tokenizer's.
+- A sweep has three kinds: tokenizers, their token caches, runs. Measuring pictures, training a classifier
+  (``sweeps.fidelity``) and timing a machine (``sweeps.probes``) are jobs by themselves. Each reads
+  ``config.json`` and ``launch.json`` of its folder, so a command line holds paths only. A run needs its own
+  tokens, and no other tokenizer's.
 - One process per run is started plainly; several through ``accelerate launch --multi_gpu``, which is also
   what starts several on a machine without GPUs (``--cpu --num_processes 2`` silently runs one). Port 0
   lets two such runs live on one machine.
@@ -45,6 +46,7 @@ PRODUCTS = {
     "run": "final/weights.safetensors",
     "fidelity": "measured.json",
     "classifier": "classifier.json",
+    "probe": "speed.json",
 }
 MODULES = {
     "tokenizer": "scaling.tokenizer.training",
@@ -52,8 +54,9 @@ MODULES = {
     "run": "scaling.trainer",
     "fidelity": "scaling.fidelity.job",
     "classifier": "scaling.fidelity.train_classifier",
+    "probe": "scaling.probe",
 }
-Kind = Literal["tokenizer", "tokens", "run", "fidelity", "classifier"]
+Kind = Literal["tokenizer", "tokens", "run", "fidelity", "classifier", "probe"]
 
 
 @dataclass(frozen=True)

@@ -19,14 +19,16 @@ from scaling.config import ConfigError, LaunchConfig, RunConfig
 from scaling.flops import checkpoint_bytes
 from scaling.records import RecordsError
 from sweeps import commands, slurm
+from sweeps.calibration import closed_memory
 from sweeps.commands import CheckData, Resolve, recheck_tokens
 from sweeps.machine import PROCESS_BYTES, Machine
-from sweeps.plan import Plan, make_plan, process_memory
+from sweeps.plan import Plan, make_plan
 from sweeps.progress import Progress
 from sweeps.recipe import Recipe
 from sweeps.scheduler import JobState, Phase, Result
 from sweeps.slurm_options import MARGIN, Resources, SlurmOptions
 from sweeps.slurm_queue import standing
+from sweeps.trunks import after_trunks, clear
 
 FIRST_LOOK_SECONDS, LOOK_SECONDS = 1.0, 30.0
 """Between two questions to Slurm, which many people ask."""
@@ -76,14 +78,14 @@ def requests(made: Plan, options: SlurmOptions) -> dict[Path, Resources]:
             seconds = job.seconds
             if seconds is not None:
                 seconds *= launch.processes / asked.all_processes
-            asked = options.sized(asked, _memory(asked, job.config, launch), seconds)
+            asked = options.sized(asked, _memory(asked, job.config, launch, made.machine), seconds)
         else:
             asked = options.sized(plain, None, job.seconds)
         found[job.folder.path] = asked
     return found
 
 
-def _memory(asked: Resources, config: RunConfig, launch: LaunchConfig) -> int:
+def _memory(asked: Resources, config: RunConfig, launch: LaunchConfig, machine: Machine) -> int:
     """Bytes of main memory that a run is expected to need on each of its nodes.
 
     On GPUs the tensors are theirs, and a checkpoint passes through main memory on its way to the disk.
@@ -93,7 +95,7 @@ def _memory(asked: Resources, config: RunConfig, launch: LaunchConfig) -> int:
     shared = replace(
         launch, processes=asked.processes, machines=asked.nodes, main_address="other", runs_at_once=None
     )
-    return asked.processes * (process_memory(shared, config) + PROCESS_BYTES)
+    return asked.processes * (closed_memory(config, replace(machine, gpus=()), shared) + PROCESS_BYTES)
 
 
 def show_plan(made: Plan, as_json: bool, check_data: CheckData, options: SlurmOptions) -> int:
@@ -102,7 +104,7 @@ def show_plan(made: Plan, as_json: bool, check_data: CheckData, options: SlurmOp
     What is in Slurm's hands already is not asked for: ``run`` would leave it out.
     """
     sweep, asked = made.folders.sweep, requests(made, options)
-    jobs = slurm.missing(recheck_tokens(made.jobs), set())
+    jobs = slurm.missing(after_trunks(recheck_tokens(made.jobs)), set())
     ids: dict[Path, str] = {}
     calls: list[dict[str, Any]] = []
     for number, group in enumerate(slurm.groups(jobs, asked, options.array_limit), 1):
@@ -110,7 +112,7 @@ def show_plan(made: Plan, as_json: bool, check_data: CheckData, options: SlurmOp
         ids |= {job.folder.path: f"JOB{number}" for job in group.jobs}
         words = ["sbatch", *slurm.arguments(sweep, group, needs, options)]
         calls.append({"job": f"JOB{number}", "sbatch": words, "names": [job.name for job in group.jobs]})
-    code = commands.show_plan(made, as_json, check_data, {"slurm": calls})
+    code = commands.show_plan(made, as_json, check_data, more={"slurm": calls})
     if as_json or not calls:
         return code
     out = commands.console()
@@ -150,7 +152,8 @@ def submit(made: Plan, check_data: CheckData, options: SlurmOptions, wait: bool)
     commands.print_plan(made, out)
     commands.check_images(made, check_data)
     made.write()
-    jobs, sweep = recheck_tokens(made.jobs), made.folders.sweep
+    clear(made.run_jobs)  # what branches that are done have left
+    jobs, sweep = after_trunks(recheck_tokens(made.jobs)), made.folders.sweep
     if all(job.state == "done" and not job.recheck for job in jobs):
         out.print("everything is done already; nothing to train")
         return Result(tuple(JobState(job, "done") for job in jobs), interrupted=False)

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Sequence
@@ -74,6 +75,14 @@ def start_of(folder: RunFolder, share: Share, trunk: Job | None) -> int:
     # A trunk that was done before this run was asked for has left what its branches of then needed.
     left = [int(path.name.removeprefix("step-")) for path in trunk.folder.branches.glob("step-*")]
     return max((step for step in left if step <= share.start), default=0)
+
+
+def after_trunks(jobs: Sequence[Job]) -> list[Job]:
+    """The jobs, where none can wait for a file: a branch needs all of its trunk until its step is there."""
+    return [
+        job if job.lacks is None else dataclasses.replace(job, needs=(*job.needs, job.lacks.path))
+        for job in jobs
+    ]
 
 
 def clear(jobs: Sequence[Job]) -> None:

@@ -128,6 +128,13 @@ def test_status_and_plan_know_that_all_is_done(unbroken: Path) -> None:
     assert {job["state"] for job in states.values()} == {"done"}
     plan = json.loads(finish(unbroken, "plan", "--json"))
     assert plan["total"]["flops_to_do"] == 0
+    for run in plan["runs"]:
+        folder = RunFolder(unbroken / "runs" / "tiny" / run["run"])
+        last = folder.metrics("eval")[-1]
+        assert (run["flops"], run["tokens"]) == (last["flops"], last["tokens"]), (
+            "planned is recorded, exactly"
+        )
+        assert set(folder.status()["seconds"]) == {"train", "evaluation", "checkpoints", "samples"}
     recorded = [r.metrics("eval")[-1]["flops"] for r in list_runs(unbroken / "runs" / "tiny")]
     assert [run["flops"] for run in plan["runs"]] == recorded
     assert plan["total"]["seconds_to_do"] == 0

@@ -78,6 +78,7 @@ def write_sweep(root: Path) -> list[RunFolder]:
         ("plan", "quickstart"),
         ("plan", "quickstart", "--json"),
         ("plan", "imagenet256", "--depths", "6", "30"),
+        ("plan", "imagenet256", "--device", "h100", "--mfu", "0.4", "--price", "2.5", "--energy"),
         ("plan", "families-cpu", "--families", "raster", "flexvar"),
     ],
 )

@@ -79,7 +79,7 @@ def test_the_clock_leaves_out_pauses_and_the_first_lap(monkeypatch: pytest.Monke
     assert clock.steps_per_second is None
     now[0] = 50.0  # the warm-up
     assert clock.lap(1) == pytest.approx(1 / 50)
-    with clock.paused():
+    with clock.paused("evaluation"):
         now[0] += 30
     now[0] += 2
     assert clock.lap(11) == pytest.approx(10 / 2)

@@ -54,7 +54,7 @@ def gradients(module: Objective, total: Tensor) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("portion", [1, 5 * VOCAB, 2**20])
 def test_equals_plain_cross_entropy_with_all_gradients(portion: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(objective.PORTION, "cpu", portion)
+    monkeypatch.setitem(objective.LOGITS_AT_ONCE, "cpu", portion)
     module, batch = objective_of()
     expected = plain(module, batch, 0.25)
     wanted = gradients(module, expected[0])
