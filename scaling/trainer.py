@@ -129,7 +129,7 @@ def _train(
                     evaluation = evaluate(
                         state.bare, config.model, state.quantizer, val_split, accelerator,
                         cached=config.tokenizer.scales, images=config.evaluation.images,
-                        batch=launch.micro_batch or EVAL_BATCH, on_batch=job.should_stop,
+                        batch=launch.micro_batch or EVAL_BATCH, on_batch=job.beat,
                     )  # fmt: skip
                 record = evaluation_record(config, done, spent, train_split.images) | evaluation.record()
                 if not finite(record["loss_avg"]):
