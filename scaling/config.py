@@ -14,7 +14,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from scaling.launch import Device, LaunchConfig, SamplingConfig
@@ -119,6 +119,10 @@ class TokenizerRunConfig:
             self.train.lpips_weights is None or self.train.lpips_sha256 is not None,
             "tokenizer_train.lpips_sha256 is not known yet",
         )
+
+    def effective(self) -> TokenizerRunConfig:
+        """With what the other kind of tokenizer alone uses at its default."""
+        return replace(self, train=self.train.effective_for(self.tokenizer))
 
     @property
     def run_id(self) -> str:
@@ -330,6 +334,10 @@ class TrainConfig:
                 f"train.{name} {value} is for train.schedule 'wsd', not '{self.schedule}'; leave {default}",
             )
 
+    def effective(self) -> TrainConfig:
+        """``lr_base`` does nothing beside ``lr``."""
+        return self if self.lr is None else replace(self, lr_base=TrainConfig.lr_base)
+
     @property
     def peak_lr(self) -> float:
         """The learning rate after warm-up."""
@@ -439,6 +447,10 @@ class RunConfig:
                 f"train.warmup_steps {warmup} reaches into the decay of a run of {self.total_steps} steps, "
                 f"which begins after step {self.stable_steps}",
             )
+
+    def effective(self) -> RunConfig:
+        """With what the other kind of tokenizer alone uses at its default."""
+        return replace(self, tokenizer_train=self.tokenizer_train.effective_for(self.tokenizer))
 
     @property
     def run_id(self) -> str:

@@ -5,7 +5,8 @@ which key, what was given and what was expected. A reader of YAML passes ``locat
 the file and line. Fields with ``metadata={"identity": False}`` (where data lies, not what it
 is) are left out of ``identity`` and so of every hash; a name there instead of False is what the field
 is called in ``identity``, so that a hash outlives a change of fields. So does ``metadata={"added": True}``:
-a field that came later is left out of ``identity`` while it has its default.
+a field that came later is left out of ``identity`` while it has its default. A class whose fields do not all
+count in every case has a method ``effective``: the same with those that do nothing at their defaults.
 """
 
 from __future__ import annotations
@@ -140,6 +141,7 @@ def to_dict(obj: Any) -> dict[str, Any]:
 def identity(obj: Any) -> Any:
     """As ``to_dict``, without the fields that only say where something lies."""
     if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
+        obj = obj.effective() if hasattr(obj, "effective") else obj
         names = {
             f.name: f.metadata.get("identity", f.name)
             for f in dataclasses.fields(obj)

@@ -87,6 +87,12 @@ class TokenizerConfig:
         )
         require(self.res_blocks >= 1, f"tokenizer.res_blocks must be at least 1, got {self.res_blocks}")
 
+    def effective(self) -> TokenizerConfig:
+        """With what a scalable tokenizer, which has no φ, does not use at its default."""
+        if self.quantizer == "residual":
+            return self
+        return replace(self, phis=TokenizerConfig.phis, phi_ratio=TokenizerConfig.phi_ratio)
+
     @property
     def z_width(self) -> int:
         """Channels that the encoder gives and the decoder takes."""
@@ -202,6 +208,14 @@ class TokenizerTrainConfig:
                 re.fullmatch("[0-9a-f]{64}", self.lpips_sha256) is not None,
                 f"tokenizer_train.lpips_sha256 must be 64 hexadecimal digits, got '{self.lpips_sha256}'",
             )
+
+    def effective_for(self, tokenizer: TokenizerConfig) -> TokenizerTrainConfig:
+        """With what the training of ``tokenizer`` does not use at its default."""
+        if tokenizer.quantizer == "scalable":
+            return self
+        return replace(
+            self, entropy=TokenizerTrainConfig.entropy, random_sizes=TokenizerTrainConfig.random_sizes
+        )
 
     def resolved(self) -> TokenizerTrainConfig:
         """With the checksum of ``lpips_weights`` and its absolute path.

@@ -174,3 +174,31 @@ def test_what_one_family_knows_is_no_part_of_the_others() -> None:
     }  # fmt: skip
     with pytest.raises(ConfigError, match="ssm_conv 3 is for flexvar-mamba, flexvar has no scan"):
         dataclasses.replace(ModelConfig.from_depth(1, family="flexvar"), ssm_conv=3)
+
+
+def test_what_does_nothing_changes_no_id() -> None:
+    """Other values of it are other configs all the same, and are kept as they were given."""
+    scalable = dataclasses.replace(RUN.tokenizer, quantizer="scalable")
+    flexvar = dataclasses.replace(RUN.model, family="flexvar")
+    other = dataclasses.replace(RUN, tokenizer=scalable, model=flexvar)
+    assert RUN.train.lr is not None
+
+    def ids(run: RunConfig) -> tuple[str, str]:
+        return run.run_id, run.tokenizer_run.run_id
+
+    def changed(run: RunConfig, section: str, **values: Any) -> tuple[str, str]:
+        return ids(
+            dataclasses.replace(run, **{section: dataclasses.replace(getattr(run, section), **values)})
+        )
+
+    for values in ({"entropy": 0.1}, {"random_sizes": 2}):
+        assert changed(RUN, "tokenizer_train", **values) == ids(RUN)
+        for one, two in zip(changed(other, "tokenizer_train", **values), ids(other), strict=True):
+            assert one != two
+    for values in ({"phis": 1}, {"phi_ratio": 0.25}):
+        assert changed(other, "tokenizer", **values) == ids(other)
+        assert changed(RUN, "tokenizer", **values)[1] != ids(RUN)[1]
+    assert changed(RUN, "train", lr_base=0.5) == ids(RUN)
+    free = dataclasses.replace(RUN, train=dataclasses.replace(RUN.train, lr=None))
+    assert changed(free, "train", lr_base=0.5)[0] != ids(free)[0]
+    assert from_dict(TrainConfig, to_dict(TrainConfig(steps=1, lr=1.0, lr_base=0.5))).lr_base == 0.5
