@@ -4,7 +4,8 @@
 
 - Harness: ``scaling.trainer.train``, logging every ten steps as by default, trackers off (and on, if named).
 - Bare: the loop that one would write by hand, in ``bare_steps``: cached tokens, forward, loss, backward,
-  clip, AdamW; it records nothing and draws its batches with numpy.
+  clip, AdamW; it records nothing and draws its batches with numpy. Model, attention and loss are the same
+  code in both: how fast they are is another question (``benchmarks.training``).
 - Paired: ten steps of the harness, with one log point, then ten of the bare loop, in one process, over and
   over. The ratio of each pair is one measurement; its median and quartiles are printed, by the clock and by
   the processor's time, which other programs on the machine disturb less. On a GPU only the clock says
@@ -30,7 +31,6 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch.nn import functional as F
 
 import scaling.trainer as trainer
 from benchmarks.loader import Blank
@@ -47,7 +47,8 @@ from scaling.config import (
     to_dict,
 )
 from scaling.data.cache import TokenCache, build_cache, open_cache
-from scaling.families.registry import FAMILIES, build
+from scaling.families.registry import FAMILIES, build, family_model
+from scaling.objective import Objective
 from scaling.records import RunFolder, write_json
 from scaling.tokenizer.vqvae import Tokenizer, load_tokenizer, save_tokenizer
 
@@ -118,7 +119,10 @@ def bare_steps(
     """The loop without a harness; one step each time it is asked."""
     torch.manual_seed(0)
     generator, split = np.random.default_rng(0), cache.split("train")
-    model, quantizer = build(config.model, "masked").to(device).train(), tokenizer.quantize.to(device)
+    model, quantizer = (
+        Objective(family_model(build(config.model, "auto"))).to(device).train(),
+        tokenizer.quantize.to(device),
+    )
     train, depth, batch = config.train, config.model.depth, config.train.batch
     optimizer = torch.optim.AdamW(model.parameters(), lr=train.lr, betas=train.betas, fused=True)
     inputs = FAMILIES[config.model.family].inputs
@@ -134,9 +138,8 @@ def bare_steps(
         with torch.no_grad():
             given = inputs(quantizer, tokens_BL, sizes)
         with torch.autocast(device.type, torch.bfloat16, enabled=train.precision == "bf16"):
-            logits_BLV = model(labels_B, given, path, sizes)
-        loss = F.cross_entropy(logits_BLV.float().flatten(0, 1), tokens_BL.flatten())
-        loss.backward()
+            total, *_ = model(labels_B, given, tokens_BL, path, sizes, 1 / tokens_BL.numel())
+        total.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), train.clip)
         optimizer.step()
         optimizer.zero_grad()
