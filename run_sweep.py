@@ -8,9 +8,12 @@ COMMAND is one of
     tokenize   train the tokenizers and cache the tokens
     run        do everything that is missing, then write the report
     status     print where every job stands
+    cancel     end what was handed to Slurm ('run --executor slurm')
     report     write the report of what is there
     stages     draw the same seeds across depths and stages of training
     classifier train a classifier of the images, for 'fidelity' without published weights
+    sync       copy a sweep's records to wandb, trackio or tensorboard
+    dashboard  show a sweep in wandb's workspace, or in trackio's page on this machine
 and six more need no recipe:
     python run_sweep.py sample WHERE [--key value ...]    pictures of a run or a published checkpoint
     python run_sweep.py fidelity WHERE [--key value ...]  FID and other image metrics of a sweep's runs
@@ -19,7 +22,8 @@ and six more need no recipe:
     python run_sweep.py edit WHERE IMAGE [--key value ...]  in-painting and other tasks without training
     python run_sweep.py fit TABLE [--key value ...]      fit a scaling law to any table of runs
 
-RECIPE is a file or the name of a shipped recipe: quickstart, cifar10, cifar10-cpu, families-cpu, imagenet256.
+RECIPE is a file or the name of a shipped recipe: quickstart, cifar10, cifar10-cpu, families-cpu, imagenet256,
+wsd-cpu.
 plan, tokenize, run and classifier take any value of the recipe: --train.lr 3e-4 --depths 2 4 6 --data.path X.
 'python run_sweep.py COMMAND --help' lists a command's own options,
 'python run_sweep.py plan RECIPE --help' the values of the recipe too.
@@ -37,6 +41,7 @@ import errno
 import json
 import os
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
@@ -44,6 +49,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from scaling.config import ConfigError, DataConfig, from_dict
+from scaling.launch import Tracker, WandbMode
 from scaling.process import one_line
 from scaling.records import RecordsError
 from scaling.requests import (
@@ -60,6 +66,7 @@ from scaling.requests import (
 from scaling.schema import here
 from sweeps.options import Option, flag_of, help_text, options_of, parse
 from sweeps.recipe import Recipe, load_recipe
+from sweeps.slurm_options import SlurmOptions
 
 SCRIPT = "python run_sweep.py"
 REFUSED = 2
@@ -80,18 +87,31 @@ class Options:
 
 @dataclass(frozen=True)
 class PlanOptions(Options):
-    """Options of ``plan``."""
+    """Options of every command that prints tables."""
 
     json: bool = False
     """Print JSON instead of a table."""
 
 
 @dataclass(frozen=True)
-class RunOptions(Options):
-    """Options of ``run``."""
+class CostOptions(SlurmOptions, PlanOptions):
+    """Options of ``plan``."""
+
+
+@dataclass(frozen=True)
+class ShowOptions(Options):
+    """Options of every command that writes the report."""
 
     open: bool = False
     """Open the report in a browser."""
+
+
+@dataclass(frozen=True)
+class RunOptions(SlurmOptions, ShowOptions):
+    """Options of ``run``."""
+
+    wait: bool = False
+    """Slurm: stay until all jobs have ended, then write the report; else return once they are queued."""
 
 
 @dataclass(frozen=True)
@@ -108,14 +128,46 @@ class StatusOptions(SweepOptions, PlanOptions):
 
 
 @dataclass(frozen=True)
-class ReportOptions(SweepOptions, RunOptions):
+class ReportOptions(SweepOptions, ShowOptions):
     """Options of ``report``."""
 
 
-def plan(recipe: Recipe, options: PlanOptions) -> int:
+@dataclass(frozen=True)
+class CopyOptions(SweepOptions):
+    """Options of every command that copies a sweep's records to trackers."""
+
+    project: str | None = None
+    """The project there; by default the sweep's own launch.tracker_project."""
+
+
+@dataclass(frozen=True)
+class SyncOptions(CopyOptions):
+    """Options of ``sync``."""
+
+    to: tuple[Tracker, ...] = ()
+    """Which; by default the sweep's own launch.trackers."""
+    wandb_mode: WandbMode | None = None
+    """By default the sweep's own launch.wandb_mode; auto is online with a key, else offline files."""
+
+
+@dataclass(frozen=True)
+class DashboardOptions(CopyOptions):
+    """Options of ``dashboard``."""
+
+    local: bool = False
+    """Serve trackio's page on this machine until Ctrl-C, not wandb's workspace."""
+
+
+def plan(recipe: Recipe, options: CostOptions) -> int:
     """print what the sweep costs; runs nothing"""
     from sweeps import commands
 
+    options.check()
+    if options.executor == "slurm":
+        from sweeps import slurm_commands
+
+        made = slurm_commands.plan(recipe, Path(options.root), _resolve, options)
+        return slurm_commands.show_plan(made, options.json, _check_data, options)
     made = commands.plan(recipe, Path(options.root), _resolve)
     return commands.show_plan(made, options.json, _check_data)
 
@@ -132,12 +184,26 @@ def tokenize(recipe: Recipe, options: Options) -> int:
 
 def run(recipe: Recipe, options: RunOptions) -> int:
     """do everything that is missing, then write the report"""
+    from scaling.trackers.targets import check_launch
     from sweeps import commands
 
-    made = commands.plan(recipe, Path(options.root), _resolve)
-    if recipe.launch.machine_rank > 0:
-        return commands.follow(made)
-    result = commands.launch(made, made.jobs, _check_data)
+    options.check()
+    check_launch(recipe.launch)
+    if options.executor == "slurm":
+        from sweeps import slurm_commands
+
+        made = slurm_commands.plan(recipe, Path(options.root), _resolve, options)
+        result = slurm_commands.submit(made, _check_data, options, options.wait)
+        if result.missing and not options.wait:
+            return 0
+    elif options.wait:
+        raise ConfigError("--wait is for --executor slurm only")
+    else:
+        made = commands.plan(recipe, Path(options.root), _resolve)
+        if recipe.launch.machine_rank > 0:
+            return commands.follow(made)
+        result = commands.launch(made, made.jobs, _check_data)
+    _tell_trackers(made.folders.sweep)
     if not result.interrupted and commands.runs_done(result):
         _report(made.folders.sweep, options.open)
     return result.exit_code
@@ -150,9 +216,51 @@ def status(recipe: Recipe, options: StatusOptions) -> int:
     return show_status(_sweep(recipe, options), options.json)
 
 
+def cancel(recipe: Recipe, options: SweepOptions) -> int:
+    """end what Slurm has of a sweep; what is running checkpoints first"""
+    from sweeps import slurm_commands
+
+    return slurm_commands.cancel(_sweep(recipe, options))
+
+
 def report(recipe: Recipe, options: ReportOptions) -> int:
     """write the report of what is there"""
     _report(_sweep(recipe, options), options.open)
+    return 0
+
+
+def sync(where: str, options: SyncOptions) -> int:
+    """copy a sweep's records, report and pictures to trackers: what changed since the last time"""
+    from scaling.trackers.sync import settings_of
+
+    sweep = _sweep_at(where, options)
+    launch = settings_of(sweep)
+    if not (trackers := options.to or launch.trackers):
+        raise ConfigError("sync needs --to wandb, trackio or tensorboard: the sweep names no trackers itself")
+    project = options.project or launch.tracker_project
+    _copy(sweep, trackers, project, options.wandb_mode or launch.wandb_mode)
+    if not (sweep / "report").exists():
+        print("no report yet: 'report' makes one, then 'sync' takes its figures and laws along")
+    return 0
+
+
+def dashboard(where: str, options: DashboardOptions) -> int:
+    """show a sweep in wandb's workspace (loss, error, frontier over FLOPs; throughput) or trackio's page"""
+    from scaling.trackers import dashboard as page
+    from scaling.trackers.sync import settings_of
+
+    sweep = _sweep_at(where, options)
+    project = options.project or settings_of(sweep).tracker_project
+    if options.local:
+        _copy(sweep, ["trackio"], project, "offline")
+        with page.local_page(sweep, project) as address:
+            print(f"{address}\nCtrl-C ends it", flush=True)
+            _open(address)
+            threading.Event().wait()
+    else:
+        page.check_workspace()
+        frontiers = _copy(sweep, ["wandb"], project, "online")
+        print(page.make_workspace(sweep, project, frontiers))
     return 0
 
 
@@ -218,12 +326,9 @@ def edit(words: tuple[str, str], request: EditRequest) -> int:
 
     folder, tokenizer = model_at(where, request)
 
-    from torch.cuda import is_available
-
     from scaling.edit_command import edit as edit_image
 
-    device = "cuda" if is_available() else "cpu"
-    report = edit_image(folder, image, replace(request, tokenizer=tokenizer), device)
+    report = edit_image(folder, image, replace(request, tokenizer=tokenizer))
     print(*report.words, report.sheet, sep="\n")
     return 0
 
@@ -294,11 +399,14 @@ class Command:
 
 
 COMMANDS = {
-    "plan": Command(plan, lambda: PlanOptions, "recipe"),
+    "plan": Command(plan, lambda: CostOptions, "recipe"),
     "tokenize": Command(tokenize, lambda: Options, "recipe"),
     "run": Command(run, lambda: RunOptions, "recipe"),
     "status": Command(status, lambda: StatusOptions, "sweep"),
+    "cancel": Command(cancel, lambda: SweepOptions, "sweep"),
     "report": Command(report, lambda: ReportOptions, "sweep"),
+    "sync": Command(sync, lambda: SyncOptions, "runs"),
+    "dashboard": Command(dashboard, lambda: DashboardOptions, "runs"),
     "sample": Command(sample, lambda: SampleRequest, "model"),
     "stages": Command(stages, lambda: StagesRequest, "model"),
     "classifier": Command(classifier, lambda: ClassifierRequest, "recipe"),
@@ -354,7 +462,9 @@ def dispatch(arguments: list[str]) -> int:
             "model": "a model: a run's folder, a recipe or sweep with --depth, or a checkpoint",
             "runs": "a recipe, a sweep's folder or a run's",
         }
-        recipes = "a recipe: a file, or quickstart, cifar10, cifar10-cpu, families-cpu or imagenet256"
+        recipes = (
+            "a recipe: a file, or quickstart, cifar10, cifar10-cpu, families-cpu, imagenet256 or wsd-cpu"
+        )
         raise ConfigError(f"'{name}' needs {wanted.get(command.takes, recipes)}")
     words = rest[: 1 + len(command.further)]
     for word, given in zip_longest(command.further, words[1:]):
@@ -392,7 +502,7 @@ def _help(name: str, command: Command, first: str | None) -> str:
         text += (
             f"\n\nValues of the recipe\n{help_text(options_of(Recipe), load_recipe(first))}"
             "\n\nby_family and by_depth (values of single families and depths) are set in the recipe; "
-            "an option wins for all of them."
+            "an option wins for all of them. So are grid, zip and lr_rule (docs/designs.md)."
         )
     return text
 
@@ -424,6 +534,40 @@ def _sweep(recipe: Recipe, options: SweepOptions) -> Path:
     return Path(options.root) / (recipe.name if options.name is None else options.name)
 
 
+def _sweep_at(where: str, options: SweepOptions) -> Path:
+    from sweeps.where import sweep_at
+
+    sweep = sweep_at(where, options.root, options.name)
+    if sweep is None:
+        raise ConfigError(f"{where}: neither a sweep's folder nor a recipe")
+    return sweep
+
+
+def _copy(sweep: Path, trackers: Sequence[Tracker], project: str, mode: WandbMode) -> list[str]:
+    """Copy the sweep to each tracker and tell it; the names of its frontiers."""
+    from analysis.sweep_frontiers import sweep_frontiers
+    from scaling.trackers.sync import sync as sync_to
+    from scaling.trackers.targets import check
+
+    check(trackers, mode)
+    frontiers = sweep_frontiers(sweep)
+    for tracker in trackers:
+        done = sync_to(sweep, tracker, project, mode, frontiers, lambda name: print(f"  {name}"))
+        print(done.words(tracker))
+    return list(frontiers)
+
+
+def _tell_trackers(sweep: Path) -> None:
+    """What went wrong with the copies made beside the runs, one line a tracker."""
+    from scaling.trackers.ledger import notes
+
+    for tracker, (runs, reason) in notes(sweep).items():
+        print(
+            f"note: {tracker} lacks {runs} run{'s' if runs > 1 else ''} ({reason}); the records are whole, "
+            f"'{SCRIPT} sync {sweep} --to {tracker}' copies them"
+        )
+
+
 def _resolve(data: DataConfig) -> DataConfig:
     from scaling.data.sources import resolve
 
@@ -441,13 +585,16 @@ def _report(sweep: Path, show: bool) -> None:
 
     page = make_report(sweep)
     print(f"report: {page}")
-    # Without a display a text browser would take over the terminal.
-    if show and (
-        sys.platform in ("darwin", "win32") or "DISPLAY" in os.environ or "WAYLAND_DISPLAY" in os.environ
-    ):
+    if show:
+        _open(page.resolve().as_uri())
+
+
+def _open(address: str) -> None:
+    """In a browser; without a display a text browser would take over the terminal."""
+    if sys.platform in ("darwin", "win32") or "DISPLAY" in os.environ or "WAYLAND_DISPLAY" in os.environ:
         import webbrowser
 
-        webbrowser.open(page.resolve().as_uri())
+        webbrowser.open(address)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@
 - Whatever the tokens, an exponent belongs to a family and may be listed; a difference of exponents and a
   ratio of losses are taken among families with the same tokens alone (``analysis.comparison``).
 - Losses at equal X are read from the fitted laws at the largest X that the data of both families reach, so
-  that no law is used beyond its data.
+  that no law is used beyond its data (``analysis.family_pairs``).
 """
 
 from __future__ import annotations
@@ -19,17 +19,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from analysis.comparison import Comparison, compare
-from analysis.errors import DataError
+from analysis.family_pairs import QUANTITY, Pair, Standing, compare_two
 from analysis.files import plain
-from analysis.powerlaw import PowerLaw
-from analysis.study import LEVEL, Study
+from analysis.study import Points, Study
 
-QUANTITY = "loss_last"
-"""What is compared: the loss of the one map that all families of a group have."""
-FEWEST = 4
-"""Runs on a family's frontier before the headline says that it is lower: three cannot show that the frontier
-is no line."""
 NEXT_TOKEN = ("raster",)
 """Families that predict a map token by token; all others predict a whole map from the coarser ones."""
 CONDITIONS = (
@@ -60,70 +53,6 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Pair:
-    """Two families' laws over the same X, of the same form."""
-
-    first: str
-    second: str
-    x: str
-    offset: bool
-    found: Comparison | None
-    problem: str
-    """Why there is no comparison."""
-
-    @property
-    def at(self) -> float | None:
-        """The largest X that the data of both reach; None where their ranges do not meet."""
-        if self.found is None:
-            return None
-        laws = (self.found.first, self.found.second)
-        low, high = max(law.x.min() for law in laws), min(law.x.max() for law in laws)
-        return float(high) if low <= high else None
-
-    @property
-    def losses(self) -> tuple[tuple[float, float, float], ...]:
-        """Value and interval of both laws at ``at``; empty without one."""
-        if self.found is None or self.at is None:
-            return ()
-        return tuple(_predicted(law, self.at) for law in (self.found.first, self.found.second))
-
-    @property
-    def ratio(self) -> tuple[float, float, float] | None:
-        """first's loss over second's at ``at``, with its interval."""
-        if self.found is None or self.at is None:
-            return None
-        said = self.found.ratio(self.at)
-        return float(said.value[0]), float(said.low[0]), float(said.high[0])
-
-    @property
-    def lower(self) -> str:
-        """Which one has the lower loss at ``at``, as far as that is decided."""
-        if self.ratio is None:
-            return "their X do not meet" if self.found else "–"
-        _, low, high = self.ratio
-        return self.first if high < 1 else self.second if low > 1 else "undecided"
-
-    @property
-    def apart(self) -> str:
-        """Whether the exponents differ."""
-        assert self.found is not None
-        low, high = self.found.interval()
-        return "differ" if low > 0 or high < 0 else "equal exponents not excluded"
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        head = {"first": self.first, "second": self.second, "x": self.x, "offset": self.offset}
-        if self.found is None:
-            return head | {"problem": self.problem}
-        return head | {
-            "difference": self.found.difference, "interval": list(self.found.interval()), "level": LEVEL,
-            "method": self.found.method, "at": self.at, "losses": [list(v) for v in self.losses],
-            "ratio": list(self.ratio) if self.ratio else None, "lower": self.lower,
-            "verdict": self.found.verdict,
-        }  # fmt: skip
-
-
-@dataclass(frozen=True)
 class Families:
     """The studies of a sweep of several families, compared."""
 
@@ -131,6 +60,9 @@ class Families:
     groups: tuple[Group, ...]
     """By tokens; a family whose tokens nobody else has is a group by itself."""
     pairs: tuple[Pair, ...]
+    """Both forms of every two families' laws, over N and over C."""
+    standings: tuple[Standing, ...]
+    """Which family is lower, by the form that the data support."""
     notes: tuple[str, ...]
 
     @property
@@ -150,6 +82,7 @@ class Families:
                 "quantity": QUANTITY,
                 "same_tokens": [list(group.families) for group in self.groups],
                 "pairs": [pair.to_json() for pair in self.pairs],
+                "standings": [standing.to_json() for standing in self.standings],
                 "notes": list(self.notes),
             }
         )
@@ -163,74 +96,70 @@ def compare_families(studies: Mapping[str, Study]) -> Families:
         studies: by family, in the sweep's order, of one compute convention (``make_studies``).
     """
     groups = _groups(studies)
-    pairs = [
-        pair
-        for group in groups
-        for one, two in itertools.combinations(group.studies, 2)
-        for x, points in (("params", "final"), (one.flops, "pareto"))
-        for offset in (False, True)
-        for pair in [_pair(one, two, x, points, offset)]
-        # That a form with an offset has no interval stands in the family's own table.
-        if pair.found or not offset
-    ]
-    return Families(dict(studies), groups, tuple(pairs), tuple(_notes(studies, groups)))
+    axes: tuple[tuple[str, Points], ...] = (
+        ("params", "final"), (next(iter(studies.values())).flops, "pareto")
+    )  # fmt: skip
+    pairs: list[Pair] = []
+    standings: list[Standing] = []
+    for group in groups:
+        for one, two in itertools.combinations(group.studies, 2):
+            for x, points in axes:
+                found, standing = compare_two(one, two, x, points)
+                pairs += found
+                standings.append(standing)
+    notes = tuple(_notes(studies, groups))
+    return Families(dict(studies), groups, tuple(pairs), tuple(standings), notes)
 
 
-def tokens_of(config: Mapping[str, Any]) -> str | None:
-    """What decides the tokens of a run's last map, as text to compare; None where its config does not say.
+@dataclass(frozen=True)
+class Tokens:
+    """What decides the tokens of a run's last map."""
 
-    Where images and LPIPS weights lie is no part of what they are, as in ``scaling.schema.identity``.
+    imported: bool
+    text: str
+    """Equal for equal tokens. Of runs trained here and of imported ones it says other things, which do not
+    compare."""
+
+
+def tokens_of(run: Mapping[str, Any]) -> Tokens | None:
+    """What decides the tokens of a run (facts as in ``Study.runs``); None where its records do not say.
+
+    Trained here: its config. Where images and LPIPS weights lie is no part of what they are, as in
+    ``scaling.schema.identity``. Imported: nothing says how its tokenizer was trained, so the hash of the
+    tokenizer's weights and the fingerprint of the images stand in ``status.json``.
     """
+    config = run["config"]
     scales = config.get("model", {}).get("scales")
+    if not scales:
+        return None
+    if origin := run["status"].get("imported"):
+        told = [origin.get("tokenizer_hash"), origin.get("images")]
+        return Tokens(True, json.dumps([*told, scales[-1]])) if all(told) else None
     parts = [config.get(part) for part in ("data", "tokenizer", "tokenizer_train")]
-    if not scales or not all(isinstance(part, dict) for part in parts):
+    if not all(isinstance(part, dict) for part in parts):
         return None
     kept = [{k: v for k, v in part.items() if k not in ("path", "lpips_weights")} for part in parts if part]
-    return json.dumps([*kept, scales[-1]], sort_keys=True)
+    return Tokens(False, json.dumps([*kept, scales[-1]], sort_keys=True))
+
+
+def _kinds(study: Study) -> set[Tokens | None]:
+    return {tokens_of(run) for run in study.runs}
 
 
 def _groups(studies: Mapping[str, Study]) -> tuple[Group, ...]:
-    by_tokens: dict[str, list[Study]] = {}
+    by_tokens: dict[Tokens | str, list[Study]] = {}
     for family, study in studies.items():
-        found = {tokens_of(run["config"]) for run in study.runs}
+        found = _kinds(study)
         same = found.pop() if len(found) == 1 else None
         by_tokens.setdefault(same or f"of {family} alone", []).append(study)
     return tuple(Group(tuple(group)) for group in by_tokens.values())
 
 
-def _pair(one: Study, two: Study, x: str, points: Any, offset: bool) -> Pair:
-    rows = [study.law(QUANTITY, x, points, offset) for study in (one, two)]
-    found, problem = None, ""
-    for study, row in zip((one, two), rows, strict=True):
-        if row.law is None:
-            problem = problem or f"{study.family}: {row.problem}"
-    if not problem:
-        try:
-            laws = [row.law for row in rows if row.law]
-            names = (one.family, two.family)
-            found = compare(laws[0], laws[1], names, LEVEL, "N" if x == "params" else "C")
-        except DataError as error:
-            problem = str(error)
-    return Pair(one.family, two.family, x, offset, found, problem)
-
-
-def _predicted(law: PowerLaw, x: float) -> tuple[float, float, float]:
-    said = law.predict(x, LEVEL)
-    return float(said.value[0]), float(said.low[0]), float(said.high[0])
-
-
 def _notes(studies: Mapping[str, Study], groups: tuple[Group, ...]) -> Iterator[str]:
     """What the comparison is of, and what it is not."""
     for group in groups:
-        if len({tokens_of(run["config"]) for study in group.studies for run in study.runs}) > 1:
-            yield f"the runs of {group.families[0]} have tokens of more than one kind: compared with nothing"
-            continue
         if len(group.studies) == 1:
-            others = [name for name in studies if name not in group.families]
-            yield (
-                f"{group.families[0]} was trained on other tokens than {listed(others)}: its loss is the "
-                "cross-entropy of something else and is never put on an axis with theirs"
-            )
+            yield from _alone(group.families[0], studies)
             continue
         by_token = [family for family in group.families if family in NEXT_TOKEN]
         by_scale = [family for family in group.families if family not in NEXT_TOKEN]
@@ -241,6 +170,37 @@ def _notes(studies: Mapping[str, Study], groups: tuple[Group, ...]) -> Iterator[
             yield f"not trained alike, so a difference need not be the family's: {differing}"
     if sum(len(group.studies) > 1 for group in groups):
         yield "the intervals are of each pair by itself, not of all pairs together"
+
+
+def _alone(family: str, studies: Mapping[str, Study]) -> Iterator[str]:
+    """Why a family is compared with nothing; that tokens are other ones only where that is known."""
+    mine = _kinds(studies[family])
+    if len({tokens.imported for tokens in mine if tokens}) > 1:
+        yield (
+            f"some runs of {family} are imported and some were trained here: whether their tokens are the "
+            "same is not known; compared with nothing"
+        )
+        return
+    if len(mine) > 1:
+        yield f"the runs of {family} have tokens of more than one kind: compared with nothing"
+        return
+    (tokens,) = mine
+    theirs = {name: _kinds(study) for name, study in studies.items() if name != family}
+    other = [
+        name
+        for name, kinds in theirs.items()
+        if tokens and all(k and k.imported == tokens.imported for k in kinds)
+    ]
+    if other:
+        yield (
+            f"{family} was trained on other tokens than {listed(other)}: its loss is the "
+            "cross-entropy of something else and is never put on an axis with theirs"
+        )
+    if unknown := [name for name in theirs if name not in other]:
+        yield (
+            f"whether the tokens of {family} are those of {listed(unknown)} is not known: its loss is not "
+            "put on an axis with theirs"
+        )
 
 
 def _sizes(group: Group) -> str:
@@ -281,31 +241,18 @@ def headline(found: Families) -> str:
     said = [_said_of(group, found) for group in found.shared]
     if said:
         return f"{names} compared: {'; '.join(said)}."
-    return f"{names}: no two of them were trained on the same tokens, so their losses do not compare."
+    return f"{names}: no two of them are known to have the same tokens, so their losses do not compare."
 
 
 def _said_of(group: Group, found: Families) -> str:
     """A group's share of the headline: who is lower, or which of three things is missing."""
-    at_equal = [
-        pair
-        for pair in found.pairs
-        if pair.x == found.flops and not pair.offset and pair.found and pair.first in group.families
-    ]
-    said = [_who_is_lower(pair) for pair in at_equal if pair.ratio]
+    at_equal = [s for s in found.standings if s.x == found.flops and s.first in group.families]
+    said = [standing.sentence for standing in at_equal if standing.at is not None]
     if said:
         return "at equal compute, in the loss of the last map, whose tokens are the same, " + "; ".join(said)
     alike = f"{listed(group.families)} have the same tokens"
-    if at_equal:
-        return f"{alike}, but their compute does not overlap"
+    if any(pair.found for pair in found.pairs if pair.x == found.flops and pair.first in group.families):
+        return f"{alike}, but " + "; ".join(dict.fromkeys(s.problem for s in at_equal))
     if all(study.law(QUANTITY, found.flops, "pareto").law for study in group.studies):
         return f"{alike}, but their laws cannot be compared"
     return f"{alike}, but no laws yet"
-
-
-def _who_is_lower(pair: Pair) -> str:
-    assert pair.found is not None
-    if min(pair.found.first.groups, pair.found.second.groups) < FEWEST:
-        return f"{pair.first} and {pair.second} have too few runs to tell"
-    if pair.lower == "undecided":
-        return f"{pair.first} and {pair.second} are not told apart"
-    return f"{pair.lower} is below {pair.second if pair.lower == pair.first else pair.first}"

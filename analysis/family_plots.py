@@ -10,11 +10,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from analysis import plots
-from analysis.families import QUANTITY, Group
+from analysis.families import Group
+from analysis.family_pairs import QUANTITY
 from analysis.fidelity import SAMPLING, Protocol, drawing, drawn
 from analysis.study import Law, usable
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -44,11 +46,13 @@ def params_figure(group: Group, families: Sequence[str]) -> Figure:
     plots.log_axes(ax, x, plots.limits([v for final in finals for v in final[QUANTITY]], 0.5, 0.1))
     for study, final in zip(studies, finals, strict=True):
         colour, marker = look(families, study.family)
+        own = final[~final["imported"]]
         ax.errorbar(
-            final["params"], final[QUANTITY], final[f"{QUANTITY}_se"], fmt=marker, ms=5, color=colour,
+            own["params"], own[QUANTITY], own[f"{QUANTITY}_se"], fmt=marker, ms=5, color=colour,
             ecolor=plots.MUTED, elinewidth=0.9, capsize=2, mec=plots.PAPER, mew=0.5, zorder=3,
             label=_draw_law(ax, study.law(QUANTITY), study.family, colour, x),
         )  # fmt: skip
+        _mark_published(ax, final, "params", colour)
     ax.legend(loc="lower left", title="law, 95 % band; bars: ±1 s.e. over images", title_fontsize=7)
     return fig
 
@@ -67,6 +71,7 @@ def compute_figure(group: Group, families: Sequence[str]) -> Figure:
         colour, marker = look(families, study.family)
         for _, part in frame.groupby("run", sort=False):
             ax.plot(part[flops], part[QUANTITY], color=colour, lw=0.8, alpha=0.35)
+        _mark_published(ax, frame, flops, colour)
         frontier, law = study.frontiers[QUANTITY, "pareto"], study.law(QUANTITY, flops, "pareto")
         said = _draw_law(ax, law, study.family, colour, (float(frontier.x.min()), x[1]))
         ax.plot(
@@ -74,6 +79,14 @@ def compute_figure(group: Group, families: Sequence[str]) -> Figure:
         )
     ax.legend(loc="lower left", title="law of the Pareto frontier, 95 % band", title_fontsize=7)
     return fig
+
+
+def _mark_published(ax: Axes, frame: pd.DataFrame, x: str, colour: str) -> None:
+    """Imported points, in their family's colour but with a marker that is no family's."""
+    part = frame[frame["imported"]]
+    if len(part):
+        label = f"{part['family'].iloc[0]}: published checkpoint, evaluated here"
+        ax.plot(part[x], part[QUANTITY], plots.PUBLISHED, ms=6, color=colour, zorder=4, label=label)
 
 
 def _draw_law(ax: Axes, row: Law, family: str, colour: str, reach: tuple[float, float]) -> str:

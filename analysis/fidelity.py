@@ -2,9 +2,11 @@
 
 - Lines of kind ``fidelity`` in ``metrics.jsonl``. Unlike a loss they compare families whatever their tokens:
   they are of pictures.
-- They compare only when measured alike (``Protocol``): the same feature extractor, number of images and
-  reference. The bias of FID alone falls with the number of images, and each extractor has its own scale.
-- How pictures were drawn (guidance, top-k, top-p) belongs to a measurement too; each way is told apart.
+- They compare only when measured alike (``Protocol``): the same feature extractor, number of images,
+  reference, and number of images that precision and recall are of. The bias of FID alone falls with the
+  number of images, and each extractor has its own scale.
+- How pictures were drawn (guidance, top-k, top-p) belongs to a measurement too; each way is told apart. Of
+  several draws with other seeds the mean is shown, with their number.
 """
 
 from __future__ import annotations
@@ -24,8 +26,13 @@ if TYPE_CHECKING:
 METRICS = ("fid", "is", "is_std", "precision", "recall")
 PLACES = ("step", "tokens", "flops", "params")
 SAMPLING = ("guidance", "guidance_form", "top_k", "top_p")
-PROTOCOL = ("extractor", "images", "reference")
-COLUMNS = ("run", "family", "depth", "seed", "state", *PLACES, *METRICS, *PROTOCOL, *SAMPLING)
+PROTOCOL = ("extractor", "images", "reference", "manifold_images")
+DRAWS = "draws"
+"""Seeds that the pictures of one measurement were drawn with, which is the mean over them."""
+FACTS = ("run", "family", "depth", "seed", "state", *PLACES)
+COLUMNS = (*FACTS, *METRICS, *PROTOCOL, *SAMPLING, DRAWS)
+OPTIONAL = ("manifold_images", DRAWS)
+"""Columns that a line may lack."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +43,16 @@ class Protocol:
     images: int
     reference: str
     """What the pictures were held against."""
+    manifold_images: int
+    """Precision and recall are of so many pictures; 0 where that is not recorded, or there are none."""
     frame: pd.DataFrame
     """Rows of ``COLUMNS``, by run and step."""
 
     @property
     def label(self) -> str:
         """In words."""
-        return f"{self.extractor} features of {self.images} images against {self.reference}"
+        of = f", precision and recall of {self.manifold_images}" if self.manifold_images else ""
+        return f"{self.extractor} features of {self.images} images against {self.reference}{of}"
 
     @property
     def settings(self) -> list[tuple[Any, ...]]:
@@ -69,12 +79,30 @@ def read_fidelity(sweep_folder: str | Path, runs: Sequence[Mapping[str, Any]]) -
     rows = [row for run in runs for row in _lines(Path(sweep_folder) / str(run["run"]), run)]
     if not rows:
         return ()
-    frame = pd.DataFrame(rows, columns=list(COLUMNS))
-    keys = sorted({(str(r["extractor"]), int(r["images"]), str(r["reference"])) for r in rows})
+    frame = _means(pd.DataFrame(rows, columns=list(COLUMNS)))
+    keys = sorted(
+        {
+            (str(r["extractor"]), int(r["images"]), str(r["reference"]), int(r["manifold_images"]))
+            for r in rows
+        }
+    )
     return tuple(
         Protocol(*key, frame[(frame[list(PROTOCOL)] == key).all(axis=1)].reset_index(drop=True))
         for key in keys
     )
+
+
+def _means(frame: pd.DataFrame) -> pd.DataFrame:
+    """Lines that differ in their pictures' seed alone, as one."""
+    same = frame.groupby([*FACTS, *PROTOCOL, *SAMPLING], sort=False, dropna=False)
+    means = same[list(METRICS)].agg(_mean)
+    means[DRAWS] = same.size()
+    return means.reset_index()[list(COLUMNS)]
+
+
+def _mean(values: pd.Series[float]) -> float:
+    """Not a number where one of the values is none."""
+    return float(values.to_numpy().mean())
 
 
 def _lines(folder: Path, run: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -82,11 +110,12 @@ def _lines(folder: Path, run: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     facts = {key: run[key] for key in ("run", "family", "depth", "seed", "state")}
     for record in sorted(RunFolder(folder).metrics("fidelity"), key=lambda r: r.get("step", 0)):
         values = {key: record[key] for key in COLUMNS if key in record}
-        if missing := [key for key in COLUMNS if key not in values and key not in facts]:
+        values["manifold_images"] = values.get("manifold_images") or 0
+        if missing := [key for key in COLUMNS if key not in (*values, *facts, *OPTIONAL)]:
             raise RecordsError(
                 f"{file}: the fidelity line at step {record.get('step')} lacks {', '.join(missing)}"
             )
-        for key in (*PLACES, *METRICS, "images", "guidance", "top_k", "top_p"):
+        for key in (*PLACES, *METRICS, "images", "manifold_images", "guidance", "top_k", "top_p"):
             value = math.nan if values[key] is None and key in METRICS else values[key]
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise RecordsError(
@@ -94,7 +123,7 @@ def _lines(folder: Path, run: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
                     "expected a number"
                 )
             values[key] = value
-        yield facts | values
+        yield values | facts  # a line's seed is that of its pictures
 
 
 def to_json(protocols: Sequence[Protocol]) -> list[dict[str, Any]]:

@@ -44,23 +44,10 @@ def headline(study: Study) -> str:
     )
 
 
-def _falls(row: Law) -> bool:
-    """Whether the exponent is negative and its interval below 0."""
-    return row.law is not None and not row.law.no_interval() and row.law.interval()["alpha"][1] < 0
-
-
 def _floor(study: Study, quantity: str) -> Law | None:
-    """The law with an offset over N, where it converged, falls, and its offset excludes 0."""
+    """The law with an offset over N, where its offset excludes 0."""
     row = study.law(quantity, offset=True)
-    if not row.drawable or not _falls(row):
-        return None
-    assert row.law is not None
-    low, high = row.law.interval()["offset"]
-    return row if low > NOTHING * high else None
-
-
-NOTHING = 1e-3
-"""An offset's interval that starts below this share of its end does not exclude 0."""
+    return row if row.floor else None
 
 
 def _verdict(study: Study, row: Law) -> str:
@@ -152,7 +139,7 @@ def _sentences(study: Study) -> Iterator[str]:
             yield f"Offset of the {NAMES[quantity]} over N: {row.status}."
         elif law.no_interval():
             yield f"Offset of the {NAMES[quantity]} over N: {law.no_interval()}."
-        elif not _falls(row):
+        elif not row.falls:
             low, high = law.interval()["alpha"]
             yield (
                 f"With a free offset the {NAMES[quantity]} does not fall for certain (exponent "
@@ -161,9 +148,7 @@ def _sentences(study: Study) -> Iterator[str]:
         else:
             low, high = law.interval()["offset"]
             free = (
-                ""
-                if _floor(study, quantity)
-                else ("; the data do not exclude 0, so they cannot tell the two forms apart")
+                "" if row.floor else ("; the data do not exclude 0, so they cannot tell the two forms apart")
             )
             yield (
                 f"With a free offset the {NAMES[quantity]} would level off at L∞ = {law.offset:.4g} "

@@ -21,8 +21,10 @@ from analysis.errors import DataError, Floats, positive
 if TYPE_CHECKING:
     import pandas as pd
 
-SAME = 1e-6
-"""Relative scatter of cost per token or N within one depth, and off the polynomial, that is rounding."""
+SAME = 1e-3
+"""Relative scatter of cost per token or N within one depth, and off the polynomial, that is no other family
+or resolution: those differ by a tenth or more. Steps drawn at random make the cost per token differ by 4e-5
+between depths of other training lengths, far less than any forecast of compute is good for."""
 NEWTON = 6
 """Steps to invert N(d): far more than rounding needs."""
 Triple = tuple[float, float, float]

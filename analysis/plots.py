@@ -2,6 +2,7 @@
 
 - Colour is depth, along viridis (readable without colour vision and in grey); deeper is darker.
   The laws are blue (no offset) and vermilion (with offset) of Okabe and Ito's set.
+- A published checkpoint that was evaluated here has a marker of its own, ``PUBLISHED``, and no curve.
 - Curves are labelled where they end; axes name quantity and unit, and a FLOPs axis its convention.
 - Log axes over less than a decade get round linear ticks: losses from 4.3 to 4.7 have no decade.
 - A fit that did not converge is not drawn; its status stands in the legend instead.
@@ -59,6 +60,8 @@ X_LABELS = {
     "flops_6nd": "training compute C (FLOP, 6·N·D)",
     "tokens": "training tokens seen D",
 }
+PUBLISHED = "X"
+"""Marker of imported points."""
 _SUPER = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -226,16 +229,23 @@ def params_figure(final: pd.DataFrame, quantity: str, laws: Sequence[tuple[str, 
     log_axes(ax, x_limits, limits([values.min(), values.max()], 0.35 if laws else 0.1, 0.14))
     for (name, law), colour in zip(laws, (PLAIN, OFFSET), strict=False):
         draw_law(ax, law, colour, name, reach=x_limits, points=False)
-    for depth, part in final.groupby("depth"):
+    for (depth, imported), part in final.groupby(["depth", "imported"]):
         ax.errorbar(
-            part["params"], part[quantity], part[f"{quantity}_se"], fmt="o", ms=5, color=colours[depth],
-            ecolor=MUTED, elinewidth=0.9, capsize=2, zorder=3,
+            part["params"], part[quantity], part[f"{quantity}_se"], fmt=PUBLISHED if imported else "o",
+            ms=6 if imported else 5, color=colours[depth], ecolor=MUTED, elinewidth=0.9, capsize=2, zorder=3,
         )  # fmt: skip
+    explain_published(ax, final)
     tops = final.groupby("depth").agg({"params": "first", quantity: "max"})
     label(ax, [(r["params"], r[quantity], f"d{d}", colours[d]) for d, r in tops.iterrows()])
-    if laws:
+    if ax.get_legend_handles_labels()[1]:
         ax.legend(loc="lower left", title="law, 95 % band; bars: ±1 s.e. over images", title_fontsize=7)
     return fig
+
+
+def explain_published(ax: Axes, frame: pd.DataFrame) -> None:
+    """A line of the legend for imported points, where there are any."""
+    if frame["imported"].any():
+        ax.plot([], [], PUBLISHED, ms=6, color=MUTED, label="published checkpoint, evaluated here")
 
 
 def compute_figure(
@@ -254,6 +264,7 @@ def compute_figure(
     )  # fmt: skip
     for (name, law), colour in zip(laws, (PLAIN, OFFSET), strict=False):
         draw_law(ax, law, colour, name, reach=(float(frontier.x.min()), high), points=False)
+    explain_published(ax, frame)
     label(ax, starts, dx=-3, dy=5)
     ax.legend(loc="lower left")
     return fig
@@ -266,25 +277,32 @@ def curves_figure(frame: pd.DataFrame, quantity: str) -> Figure:
     log_axes(ax, limits(frame["tokens"], 0.03, 0.09), limits(frame[quantity]))
     ends = _curves(ax, frame, "tokens", quantity)
     label_ends(ax, ends)
+    if frame["imported"].any():
+        explain_published(ax, frame)
+        ax.legend(loc="lower left")
     return fig
 
 
 def scales_figure(final: pd.DataFrame, quantity: str, scales: Sequence[int]) -> Figure:
-    """Final loss or error at each scale, a line per depth."""
+    """Final loss or error at each scale, a line per depth, and one per depth of imported points."""
     noun, unit = (
         ("Loss", "validation loss (nats per token)") if quantity == "loss" else ("Error", "token error rate")
     )
     fig, ax = figure(f"{noun}, scale by scale", "scale (side of the token map)", unit)
     depths = sorted(final["depth"].unique())
-    colours = depth_colours(len(depths))
+    colours = dict(zip(depths, depth_colours(len(depths)), strict=True))
     at = np.arange(len(scales))
-    lines = [np.mean(final.loc[final["depth"] == d, f"{quantity}_scales"].tolist(), axis=0) for d in depths]
-    for line, colour in zip(lines, colours, strict=True):
-        ax.plot(at, line, "o-", ms=3.5, color=colour)
+    ends = []
+    for (depth, imported), part in final.groupby(["depth", "imported"]):
+        line = np.mean(part[f"{quantity}_scales"].tolist(), axis=0)
+        ax.plot(at, line, f"{PUBLISHED}--" if imported else "o-", ms=3.5, color=colours[depth])
+        ends.append((at[-1], line[-1], f"d{depth}", colours[depth]))
     ax.set_xticks(at, [f"{s}×{s}" for s in scales], rotation=0 if len(scales) <= 6 else 40)
     ax.set_xlim(-0.2, len(scales) - 1 + 0.09 * len(scales))
-    ends = [(at[-1], line[-1], f"d{d}", c) for d, line, c in zip(depths, lines, colours, strict=True)]
     label_ends(ax, ends)
+    if final["imported"].any():
+        explain_published(ax, final)
+        ax.legend(loc="upper right")
     return fig
 
 
@@ -346,7 +364,10 @@ def _curves(
     for _, part in frame.groupby("run", sort=False):
         depth = part["depth"].iloc[0]
         finished = part["state"].iloc[0] == "done"
-        ax.plot(part[x], part[y], color=colours[depth], lw=1.3, ls="-" if finished else ":")
+        if part["imported"].iloc[0]:
+            ax.plot(part[x], part[y], PUBLISHED, ms=6, color=colours[depth])
+        else:
+            ax.plot(part[x], part[y], color=colours[depth], lw=1.3, ls="-" if finished else ":")
         mark = "" if finished else " unfinished"
         ends.setdefault(depth, (part[x].iloc[end], part[y].iloc[end], f"d{depth}{mark}", colours[depth]))
     return [ends[d] for d in depths]

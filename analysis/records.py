@@ -30,9 +30,10 @@ LISTS = ("loss_scales", "error_scales")
 """Per-scale columns, coarse to fine."""
 QUANTITIES = ("loss_last", "loss_avg", "error_last", "error_avg")
 """Columns that laws are fitted to."""
-FACTS = ("run", "family", "depth", "width", "seed", "schedule", "batch", "state", "final")
-"""What the run is; ``schedule`` and ``batch`` are missing values where the config has none."""
-COLUMNS = (*FACTS, *NUMBERS, *LISTS)
+FACTS = ("run", "family", "depth", "width", "seed", "schedule", "batch", "state", "imported", "final")
+"""What the run is; ``schedule`` and ``batch`` are missing values where the config has none. ``imported``
+marks a published checkpoint that was evaluated, not trained, here."""
+COLUMNS = (*FACTS, *NUMBERS, *LISTS, "flops_spent")
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,9 @@ class Records:
 def load_runs(sweep_folder: str | Path) -> pd.DataFrame:
     """One row per evaluation of every run of a sweep, in the sweep's order and by step.
 
-    Columns: ``COLUMNS``; loss in nats per token, error 0 to 1, FLOPs exact and 6ND. ``final``
-    marks the last evaluation of a run whose state is ``done``. A loss, error rate or standard error
+    Columns: ``COLUMNS``; loss in nats per token, error 0 to 1, FLOPs exact and 6ND. ``flops_spent`` counts
+    the steps that the run did itself, fewer than ``flops`` does where a longer run did the first ones for it.
+    ``final`` marks the last evaluation of a run whose state is ``done``. A loss, error rate or standard error
     that was recorded as null (a diverged run; one image has no standard error) is NaN. ``attrs["notes"]``
     says in words what is unfinished, missing or not finite. A sweep of several families is one table;
     ``family`` tells them apart, and their lists per scale differ in length.
@@ -134,9 +136,9 @@ def _load_run(folder: RunFolder) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     facts = {
         "run": folder.name, "family": model["family"], "depth": int(model["depth"]),
         "width": int(model["width"]), "seed": int(config["seed"]), "schedule": train.get("schedule"),
-        "batch": train.get("batch"), "state": status["state"],
+        "batch": train.get("batch"), "state": status["state"], "imported": bool(status.get("imported")),
     }  # fmt: skip
-    file = folder.path / "metrics.jsonl"
+    file, shared = folder.path / "metrics.jsonl", folder.shared()["flops"]
     rows = []
     for record in folder.metrics("eval"):
         missing = [key for key in (*NUMBERS, *LISTS) if key not in record]
@@ -152,7 +154,8 @@ def _load_run(folder: RunFolder) -> tuple[dict[str, Any], list[dict[str, Any]]]:
                 f"{file}: the evaluation at step {record['step']} has "
                 f"{wrong[0]} = {values[wrong[0]]!r}; expected a number"
             )
-        rows.append(facts | {"final": False} | values)
+        spent = max(0, values["flops"] - shared)
+        rows.append(facts | {"final": False} | values | {"flops_spent": spent})
     rows.sort(key=lambda row: row["step"])
     notes = []
     if imported := status.get("imported"):

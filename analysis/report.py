@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 from analysis import families, family_plots, fidelity, findings, plots, report_pictures, report_tables
 from analysis.families import Families
+from analysis.family_pairs import QUANTITY
 from analysis.fidelity import Protocol
 from analysis.files import plain, write_bytes
 from analysis.records import read_records
@@ -127,6 +128,10 @@ def _part(study: Study, several: bool, notes: list[str]) -> dict[str, Any]:
         "forecasts": report_tables.forecast_rows(study),
         "outlook": report_tables.outlook_rows(study.outlook),
         "conventions": report_tables.convention_rows(study),
+        "grids": report_tables.grid_rows(study),
+        "budgets": any(grid.isoflop or grid.isoflop_problem for grid in study.grids),
+        "settings": report_tables.setting_rows(study),
+        "rates": report_tables.rate_sentences(study),
         "samples": report_pictures.samples(study, notes),
     }
 
@@ -139,6 +144,7 @@ def _comparison(found: Families | None, drawn: dict[str, Any]) -> dict[str, Any]
         "figures": [name for name in drawn if name.startswith(COMPARED)],
         "exponents": report_tables.exponent_rows(found),
         "pairs": report_tables.pair_rows(found),
+        "standings": [standing.sentence for standing in found.standings],
     }
 
 
@@ -172,12 +178,12 @@ def _all_figures(
             f"{families.listed(group.families)}: final value of every finished run against N, and every run "
             "against compute with each family's Pareto frontier; each family's own law, without offset."
         )
-        if any(len(study.final(families.QUANTITY)) for study in group.studies):
+        if any(len(study.final(QUANTITY)) for study in group.studies):
             make: Callable[[], Any] = partial(family_plots.params_figure, group, names)
-            yield f"{COMPARED}{number}_{families.QUANTITY}_vs_params", caption, make
-        if any(len(study.frontiers[families.QUANTITY, "pareto"].x) for study in group.studies):
+            yield f"{COMPARED}{number}_{QUANTITY}_vs_params", caption, make
+        if any(len(study.frontiers[QUANTITY, "pareto"].x) for study in group.studies):
             make = partial(family_plots.compute_figure, group, names)
-            yield f"{COMPARED}{number}_{families.QUANTITY}_vs_compute", caption, make
+            yield f"{COMPARED}{number}_{QUANTITY}_vs_compute", caption, make
     for number, protocol in enumerate(measured, 1):
         if len(fidelity.drawn(protocol.last)):
             yield (

@@ -1,6 +1,6 @@
 """``run_sweep.py fit TABLE``: anyone's runs in, a law in words out.
 
-- The table is read by ``load_table`` (or, a sweep's folder, by ``load_runs``), cleaned by
+- The table is read by ``load_table`` (or, a sweep's folder, by ``read_records``), cleaned by
   ``tidy.ready``, fitted, and told with all that was left out and by which convention N, D, C count.
 - Of a sweep the last evaluations of finished runs are fitted, as in its report.
 - Huber's loss for the parametric law, as Hoffmann et al. (2203.15556) fit it; squares for a power
@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,7 +23,8 @@ import numpy as np
 
 from analysis.errors import DataError, printable
 from analysis.files import plain, write_bytes
-from analysis.records import load_runs
+from analysis.records import read_records
+from analysis.seeds import places_of
 from analysis.tables import load_table, require
 from analysis.tidy import FORMS, Form, Ready, ready, rows_of
 from scaling.records import write_atomic, write_json
@@ -86,8 +88,11 @@ class FitOptions:
     """Leave out rows whose y is not strictly below this."""
     repeated: bool = False
     """parametric: tokens beyond the column unique_tokens count less and less (Muennighoff et al. 2023)."""
+    family: str | None = None
+    """Only the rows of this model family."""
     mixed: bool = False
-    """Fit several learning-rate schedules or model families as one."""
+    """Fit several learning-rate schedules or model families as one, though families' losses may be of other
+    tokens."""
     derive: bool = False
     """Compute the one of N, D and C that the table lacks by C = 6·N·D."""
     out: str | None = None
@@ -119,7 +124,7 @@ def fit_table(path: str, options: FitOptions) -> str:
     With ``options.out`` fit.json, fit.svg and fit.png are written into that folder.
 
     Raises:
-        RecordsError: as ``load_table`` and ``load_runs``.
+        RecordsError: as ``load_table`` and ``read_records``.
         DataError: a missing column, a table that cannot carry the law (rows and reasons named), or
             ``options.out`` below or instead of a file.
     """
@@ -185,12 +190,27 @@ def _load(path: str, options: FitOptions) -> tuple[pd.DataFrame, str, dict[str, 
     if not path.startswith("wandb:") and _is_sweep(Path(path)):
         if options.derive:
             raise DataError("--derive does nothing for a sweep: its records have N, D and C")
-        return load_runs(path), options.y or "loss_last", SWEEP_CONVENTIONS
+        records = read_records(path)
+        if options.family is not None:
+            _check_family(options.family, records.families, path)
+            records = records.of(options.family)
+        return records.frame, options.y or "loss_last", SWEEP_CONVENTIONS
     frame = load_table(path, options.derive, options.y)
+    if options.family is not None:
+        require(frame, ["family"], path)
+        _check_family(options.family, list(dict.fromkeys(frame["family"])), path)
+        attrs = frame.attrs
+        frame = frame[frame["family"] == options.family]
+        frame.attrs = attrs
     if options.y is not None:
         return frame, _own(frame, options.y), frame.attrs["conventions"]
     y = "loss" if "loss" in frame or "loss_last" not in frame else "loss_last"
     return frame, y, frame.attrs["conventions"]
+
+
+def _check_family(family: str, there: Sequence[object], path: str) -> None:
+    if family not in there:
+        raise DataError(f"--family {family}: not in {path}; there are {', '.join(map(str, there))}")
 
 
 def _is_sweep(folder: Path) -> bool:
@@ -213,9 +233,9 @@ def _groups(frame: pd.DataFrame, column: str | None, xs: list[str]) -> tuple[np.
         return frame[column].to_numpy(), f"column '{column}'", False
     if "run" in frame and frame["run"].notna().all() and frame["run"].duplicated().any():
         return frame["run"].to_numpy(), "runs, of which some have several rows", False
-    if "seed" in frame and frame.groupby(xs)["seed"].nunique().max() > 1:
-        places = frame.groupby(xs).ngroup().to_numpy()
-        return places, f"rows of equal {' and '.join(xs)}, of which some have several seeds", True
+    places = places_of(frame, xs)
+    if "seed" in frame and frame.groupby(places)["seed"].nunique().max() > 1:
+        return places.to_numpy(), f"rows of equal {' and '.join(xs)}, of which some have several seeds", True
     return None, "none, every row is taken as independent", False
 
 

@@ -120,7 +120,8 @@ def ready(
     _refuse_contradictions(used, columns[-1])
     mixes = list(_mixes(used))
     if mixes and not mixed:
-        raise DataError(f"{mixes[0]}; fit one of them, or pass --mixed (mixed=True)")
+        one = "one of them with --family" if mixes[0].endswith(OTHER_TOKENS) else "one of them"
+        raise DataError(f"{mixes[0]}; fit {one}, or pass --mixed (mixed=True)")
     _enough(used, columns, form, dropped)
     return Ready(used, dropped, (*mixes, *_cautions(used, columns, form)))
 
@@ -186,11 +187,16 @@ def _refuse_contradictions(frame: pd.DataFrame, quantity: str) -> None:
         )
 
 
+OTHER_TOKENS = "; their losses may be of other tokens"
+
+
 def _mixes(frame: pd.DataFrame) -> Iterator[str]:
-    for column, words in (("schedule", "learning-rate schedules"), ("family", "model families")):
+    for column, words, beside in (
+        ("schedule", "learning-rate schedules", ""), ("family", "model families", OTHER_TOKENS),
+    ):  # fmt: skip
         if column in frame and frame[column].nunique() > 1:
             parts = [f"{name} ({rows_of(part)})" for name, part in frame.groupby(column, sort=True)]
-            yield f"the table mixes {len(parts)} {words}: {', '.join(parts)}"
+            yield f"the table mixes {len(parts)} {words}: {', '.join(parts)}{beside}"
 
 
 def _enough(frame: pd.DataFrame, columns: Sequence[str], form: Form, dropped: pd.DataFrame) -> None:

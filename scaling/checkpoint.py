@@ -80,9 +80,9 @@ class _DamagedError(Exception):
 
 
 def save_checkpoint(
-    folder: str | Path, step: int, tensors: Tensors, state: dict[str, Any], keep: int = 2
+    folder: str | Path, step: int, tensors: Tensors, state: dict[str, Any], keep: int | None = 2
 ) -> Path:
-    """Write checkpoint ``step`` and keep the newest ``keep`` up to it.
+    """Write checkpoint ``step`` and keep the newest ``keep`` up to it; None removes nothing.
 
     Checkpoints of later steps are removed: a run at ``step`` has passed over them as damaged.
 
@@ -120,6 +120,8 @@ def save_checkpoint(
     except (OSError, SafetensorError):
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    if keep is None:
+        return target
     older = [path for path in _checkpoints(root) if _step(path) <= step]
     for path in set(_checkpoints(root)) - set(older[-keep:]):
         shutil.rmtree(path)
@@ -145,15 +147,21 @@ def forget_newest(folder: str | Path) -> None:
         shutil.rmtree(found[-1])
 
 
-def load_checkpoint(folder: str | Path) -> Checkpoint | None:
+def load_checkpoint(folder: str | Path, upto: int | None = None) -> Checkpoint | None:
     """The newest undamaged checkpoint of a folder, or None when there is none.
 
     Every damaged one that is passed over is named in a warning of the log.
+
+    Args:
+        folder: the run's ``checkpoints`` or ``branches``.
+        upto: those of later steps are not looked at.
 
     Raises:
         RecordsError: the system could not read one; it may well be sound.
     """
     for path in reversed(_checkpoints(Path(folder))):
+        if upto is not None and _step(path) > upto:
+            continue
         try:
             return _read(path)
         except _DamagedError as error:

@@ -5,20 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from scaling.config import FLEXIBLE, SamplingConfig, content_hash, require
+from scaling.config import FLEXIBLE, content_hash, require
 from scaling.edit_inputs import Inputs, enlarged, prepare
 from scaling.editing import Edited, extended, reconstructed, redraw, refine
 from scaling.masks import known_psnr, pasted
+from scaling.pictures import labelled_rows, uint8
 from scaling.pretrained import Opened, open_model
 from scaling.requests import EditRequest
+from scaling.sample_command import chosen_device
 from scaling.tokenizer.metrics import at_size
-from scaling.tokenizer.pictures import grid
 
 PER_ROW = 8
 """Candidates in a row of the sheet."""
@@ -34,7 +33,7 @@ class EditReport:
     words: tuple[str, ...]
 
 
-def edit(where: str, image: str, request: EditRequest, device: str | torch.device) -> EditReport:
+def edit(where: str, image: str, request: EditRequest) -> EditReport:
     """Edit one image: ``count`` PNGs and ``sheet.png``.
 
     Args:
@@ -42,16 +41,15 @@ def edit(where: str, image: str, request: EditRequest, device: str | torch.devic
         image: as ``read_image``.
 
     Raises:
-        ConfigError: a task, size or class that the model cannot have, a box or a mask that does not fit.
+        ConfigError: a task, size or class that the model cannot have, a box or a mask that does not fit; no
+            GPU.
         RecordsError: a model or an image that cannot be read.
     """
+    device = chosen_device(request.device)
     opened = open_model(where, request.tokenizer, device)
     _check(opened, request)
     inputs = prepare(opened, image, request, device)
-    sampling = SamplingConfig(
-        images=request.count, guidance=request.cfg, guidance_form=request.cfg_form,
-        top_k=request.top_k, top_p=request.top_p, seed=request.seed,
-    )  # fmt: skip
+    sampling = request.sampling(request.count)
     labels_1 = None if request.class_ is None else torch.tensor([request.class_], device=device)
     model, tokenizer = opened.model, opened.tokenizer
     if request.task == "refine":
@@ -66,7 +64,7 @@ def edit(where: str, image: str, request: EditRequest, device: str | torch.devic
     settings = "" if request.class_ is None else f"-class{request.class_}-cfg{request.cfg:g}"
     settings += f"-k{request.top_k}-p{request.top_p:g}-seed{request.seed}"
     # All options that decide the pictures, so that another edit does not write over this one.
-    settings += f"-{content_hash(replace(request, out=None, batch=EditRequest.batch))[:8]}"
+    settings += f"-{content_hash(replace(request, out=None, batch=EditRequest.batch, device='auto'))[:8]}"
     base = Path(f"edit-{opened.name}") if opened.run is None else Path(where)
     folder = base / f"edit-{Path(image).stem.replace(':', '-')}-{request.task}{settings}"
     return _write(opened, inputs, edited, request, folder if request.out is None else Path(request.out))
@@ -115,17 +113,17 @@ def _write(opened: Opened, inputs: Inputs, edited: Edited, request: EditRequest,
         if request.task != "expand":  # there the canvas is what is known
             first["masked"] = torch.where(masks_1HW[:, None], GREY, canvas_13HW)
     out.mkdir(parents=True, exist_ok=True)
-    pictures = list(_uint8(drawn_N3HW))
+    pictures = list(uint8(drawn_N3HW))
     for i, pixels in enumerate(pictures):
         Image.fromarray(pixels).save(out / f"{i:05d}-seed{request.seed + i}.png")
-    rows = [(", ".join(first), [_uint8(picture)[0] for picture in first.values()])]
+    rows = [(", ".join(first), [uint8(picture)[0] for picture in first.values()])]
     for start in range(0, len(pictures), PER_ROW):
         part = pictures[start : start + PER_ROW]
         seeds = [str(request.seed + start), str(request.seed + start + len(part) - 1)]
         rows.append((f"candidates, seeds {' to '.join(dict.fromkeys(seeds))}", part))
     told = "no class" if request.class_ is None else f"class {request.class_}, guidance {request.cfg:g}"
     sheet = out / "sheet.png"
-    grid(rows, f"{opened.name}: {request.task}, {told}").save(sheet)
+    labelled_rows(rows, f"{opened.name}: {request.task}, {told}").save(sheet)
     return EditReport(sheet, tuple(words))
 
 
@@ -143,9 +141,3 @@ def _fidelity(x_N3HW: Tensor, original_13HW: Tensor, plain_13HW: Tensor, masks_1
         f"to the original {to(original_13HW)}, to the tokenizer's reconstruction {to(plain_13HW)} "
         f"(the reconstruction itself to the original {own:.2f} dB)"
     )
-
-
-def _uint8(images_B3HW: Tensor) -> NDArray[np.uint8]:
-    """Images in [−1, 1] as uint8 (B, H, W, 3)."""
-    pixels = ((images_B3HW.clamp(-1, 1) + 1) * 127.5).round().byte()
-    return pixels.permute(0, 2, 3, 1).cpu().numpy()

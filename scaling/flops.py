@@ -22,8 +22,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from scaling.config import FLEXIBLE, ModelConfig, RunConfig, TokenizerConfig
-from scaling.steps import schedule_counts
+from scaling.config import FLEXIBLE, ModelConfig, RunConfig, TokenizerConfig, require
+from scaling.steps import schedule_counts, step_scales
 
 Size = tuple[int, int]
 N_PARTS = ("qkv", "projection", "mlp", "adaln")
@@ -196,6 +196,37 @@ def spent(config: RunConfig, steps: int) -> Spent:
         cost = step_cost(config, scales)
         total += Spent(times * cost.tokens, times * cost.flops)
     return total
+
+
+def steps_within(config: RunConfig, budget: float) -> int:
+    """Optimiser steps whose training FLOPs are the nearest to ``budget``.
+
+    Args:
+        config: the run, whatever its length.
+
+    Raises:
+        ConfigError: the budget is less than one step.
+    """
+
+    def cost(step: int) -> int:
+        return step_cost(config, step_scales(config.model, config.seed, step)).flops
+
+    require(
+        budget >= cost(0),
+        f"budgets: {budget:.3g} FLOPs are less than one optimiser step of depth {config.model.depth}, "
+        f"which costs {cost(0):.3g}",
+    )
+    # Steps of one run cost alike but for random token maps: a guess, then step by step to the nearest.
+    sample = 1 if config.model.step_schedule == "fixed" else 1000
+    steps = max(1, round(budget * sample / spent(config, sample).flops))
+    total = spent(config, steps).flops
+    while total + cost(steps) / 2 < budget:
+        total += cost(steps)
+        steps += 1
+    while steps > 1 and total - cost(steps - 1) / 2 > budget:
+        steps -= 1
+        total -= cost(steps)
+    return steps
 
 
 def costs(config: RunConfig) -> dict[str, Any]:

@@ -6,12 +6,15 @@ Micro-batch, processes, threads, compilation, trackers, the pictures left at the
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
 from scaling.schema import require
 
 Device = Literal["auto", "cpu", "cuda"]
+Tracker = Literal["wandb", "trackio", "tensorboard"]
+WandbMode = Literal["auto", "offline", "online"]
 
 
 @dataclass(frozen=True)
@@ -74,8 +77,12 @@ class LaunchConfig:
     """A job without any progress for so long is ended, with all its processes, and tried again."""
     log_every: int = 10
     """Steps between lines of training loss and speed."""
-    wandb: Literal["off", "offline", "online"] = "off"
-    wandb_project: str = "varscale"
+    trackers: tuple[Tracker, ...] = ()
+    """Where a copy of the records goes while a run trains; 'run_sweep.py sync' makes one afterwards."""
+    tracker_project: str = "varscale"
+    """The project there, of every tracker."""
+    wandb_mode: WandbMode = "auto"
+    """auto: online with a key (WANDB_API_KEY or 'wandb login'), else offline files in the run's folder."""
     sampling: SamplingConfig = SamplingConfig()
 
     def __post_init__(self) -> None:
@@ -109,3 +116,11 @@ class LaunchConfig:
         )
         require(self.hang_seconds > 0, f"launch.hang_seconds must be positive, got {self.hang_seconds}")
         require(self.log_every >= 1, f"launch.log_every must be at least 1, got {self.log_every}")
+        twice = sorted({name for name in self.trackers if self.trackers.count(name) > 1})
+        require(not twice, f"launch.trackers names {', '.join(twice)} more than once")
+        # It becomes part of addresses and of file names.
+        require(
+            re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.tracker_project) is not None,
+            "launch.tracker_project must be of letters, digits, '.', '_' and '-', "
+            f"got {self.tracker_project!r}",
+        )

@@ -14,8 +14,10 @@ from torch import Tensor
 UInt8 = NDArray[np.uint8]
 SMALLEST = 64
 """Images below this side are enlarged by a whole factor, so that a grid can be looked at."""
+TILE = 96
+"""Pictures of labelled rows have at least so many pixels on a side."""
 MARGIN, GAP, LINE = 12, 6, 16
-"""Of tables, in pixels."""
+"""Of tables and labelled rows, in pixels."""
 
 
 def uint8(images_B3HW: Tensor) -> UInt8:
@@ -79,4 +81,34 @@ def table(
         for c, cell in enumerate(row):
             if cell is not None:
                 sheet.paste(cell, (left + c * (width + GAP), top + r * (height + GAP)))
+    return sheet
+
+
+def labelled_rows(rows: Sequence[tuple[str, Sequence[UInt8]]], title: str) -> Image.Image:
+    """Rows of pictures of one size, each under its label.
+
+    Pixels are never smoothed, and enlarged by whole factors but for smaller pictures: what is seen is what
+    was made.
+
+    Args:
+        rows: each a label and its pictures, uint8 (H, W, 3); the first one's size sets all.
+        title: one line over all.
+    """
+    high, wide = rows[0][1][0].shape[:2]
+    factor = max(1, -(-TILE // min(high, wide)))
+    high, wide = high * factor, wide * factor
+    columns = max(len(images) for _, images in rows)
+    draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    text_width = max([draw.textlength(title), *(draw.textlength(label) for label, _ in rows)])
+    width = 2 * MARGIN + max(columns * (wide + GAP) - GAP, int(text_width) + 1)
+    row_height = LINE + high + GAP
+    sheet = Image.new("RGB", (width, 2 * MARGIN + LINE + len(rows) * row_height), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((MARGIN, MARGIN), title, fill="black")
+    for r, (label, images) in enumerate(rows):
+        top = MARGIN + LINE + r * row_height
+        draw.text((MARGIN, top + 3), label, fill="black")
+        for c, pixels in enumerate(images):
+            picture = Image.fromarray(pixels).resize((wide, high), Image.Resampling.NEAREST)
+            sheet.paste(picture, (MARGIN + c * (wide + GAP), top + LINE))
     return sheet

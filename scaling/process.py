@@ -129,9 +129,9 @@ class JobProcess:
         """Report progress: ``step``, ``total_steps``, ``images_per_second``, ``loss``; cheap, at any rate."""
         self._raise_thread_error()
         self._move()
-        with self._guard:
-            self._facts |= facts
-            self._changed = True
+        # Without the guard, which is held while the disk is written: a step must not wait for that.
+        self._facts = self._facts | facts
+        self._changed = True
 
     def _move(self) -> None:
         self._moved, self._quiet = time.time(), 0.0
@@ -223,8 +223,9 @@ class JobProcess:
                     if not self.is_main or self._ended.is_set():
                         continue
                     if (self._changed or silent >= IDLE_SECONDS) and not self._failed():
-                        self.folder.update_status("running", **self._facts, progress_at=self._moved)
+                        # First: what changes during the write is for the next one.
                         self._changed, silent = False, 0.0
+                        self.folder.update_status("running", **self._facts, progress_at=self._moved)
             except (OSError, RecordsError) as error:
                 self._thread_error = error
                 return

@@ -105,7 +105,33 @@ class EvaluateRequest(ModelChoice):
 
 
 @dataclass(frozen=True)
-class EditRequest(ModelChoice):
+class Drawing:
+    """How pictures are drawn, for every command that draws some."""
+
+    seed: int = 0
+    """The same seed draws the same picture, whatever the batch; each further picture has the next."""
+    cfg: float = 1.5
+    """Classifier-free guidance towards the class; 0 for none."""
+    guidance_form: Literal["ramp", "constant"] = "ramp"
+    """Guidance rises over the steps (VAR), or is the same at all (LlamaGen, whose cfg is 1 more)."""
+    top_k: int = 0
+    """Draw from the k most likely tokens only; 0 from all."""
+    top_p: float = 0.0
+    """Draw from the most likely tokens with this probability together; 0 from all."""
+
+    def __post_init__(self) -> None:
+        require(self.seed >= 0, f"--seed must not be negative, got {self.seed}")
+        require(self.cfg >= 0, f"--cfg must not be negative, got {self.cfg:g}")
+        require(self.top_k >= 0, f"--top-k must not be negative, got {self.top_k}")
+        require(0 <= self.top_p <= 1, f"--top-p must be 0 to 1, got {self.top_p:g}")
+
+    def sampling(self, images: int) -> SamplingConfig:
+        """The part that decides pictures."""
+        return SamplingConfig(images, self.cfg, self.guidance_form, self.top_k, self.top_p, self.seed)
+
+
+@dataclass(frozen=True)
+class EditRequest(Drawing, ModelChoice):
     """Options of ``edit``."""
 
     task: Task | None = None
@@ -117,18 +143,8 @@ class EditRequest(ModelChoice):
     """Instead: left, upper, right and lower edge, in pixels of the image or all as fractions of it."""
     class_: int | None = None
     """The class to draw; by default none, as published."""
-    cfg: float = 1.5
-    """Classifier-free guidance towards the class."""
-    cfg_form: Literal["ramp", "constant"] = "ramp"
-    """Guidance rises over the steps, or is the same at all."""
-    top_k: int = 0
-    """Draw from the k most likely tokens only; 0 from all."""
-    top_p: float = 0.0
-    """Draw from the most likely tokens with this probability together; 0 from all."""
     count: int = 4
     """Number of candidates."""
-    seed: int = 0
-    """The same seed draws the same candidate; each further one has the next."""
     batch: int = 16
     """Candidates drawn at once; it does not change them."""
     scales: tuple[int, ...] | None = None
@@ -142,13 +158,15 @@ class EditRequest(ModelChoice):
     """Paste the image's known pixels into the result."""
     feather: int | None = None
     """Width in pixels of the seam between pasted and painted; by default a quarter of a token."""
+    device: Device = "auto"
+    """auto is a GPU where there is one."""
     out: str | None = None
     """The folder of the pictures; by default edit-<settings> in the run's folder, or in edit-<model> here."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.count >= 1, f"--count must be at least 1, got {self.count}")
         require(self.batch >= 1, f"--batch must be at least 1, got {self.batch}")
-        _check_drawing(self)
         require(
             self.feather is None or self.feather >= 0, f"--feather must not be negative, got {self.feather}"
         )
@@ -165,6 +183,21 @@ class EditRequest(ModelChoice):
                 not given, f"--task {self.task} keeps the whole image; it takes no --{''.join(given[:1])}"
             )
         require(self.box is None or len(self.box) == 4, "--box takes four numbers: left upper right lower")
+        require(
+            not self.peek or self.task in PAINTED,
+            f"--task {self.task} hides nothing of the image; it takes no --peek",
+        )
+        pasting = [
+            f"--{name}" for name in ("paste", "feather") if getattr(self, name) != getattr(EditRequest, name)
+        ]
+        require(
+            self.task != "refine" or not pasting,
+            f"--task refine draws every pixel anew and pastes nothing; it takes no {' or '.join(pasting)}",
+        )
+        require(
+            self.paste or self.feather is None,
+            "--feather is the seam of what is pasted; it means nothing with --paste false",
+        )
         require(self.task != "class" or self.class_ is not None, "--task class needs --class, what to draw")
         require(
             self.task != "expand" or self.size is not None, "--task expand needs --size, such as --size 32x48"
@@ -194,21 +227,11 @@ class EditRequest(ModelChoice):
 
 
 @dataclass(frozen=True)
-class DrawChoice:
+class DrawChoice(Drawing):
     """How pictures are drawn, for commands that draw them from classes alone."""
 
     classes: tuple[int, ...] | None = None
     """Classes to draw, in turn; by default all."""
-    seed: int = 0
-    """The same seed draws the same picture, whatever the batch."""
-    cfg: float = 1.5
-    """Classifier-free guidance; 0 for none."""
-    guidance_form: Literal["ramp", "constant"] = "ramp"
-    """Guidance rises over the steps (VAR), or is the same at all (LlamaGen, whose cfg is 1 more)."""
-    top_k: int = 0
-    """Draw from the k most likely tokens only; 0 from all."""
-    top_p: float = 0.0
-    """Draw from the most likely tokens with this probability together; 0 from all."""
     batch: int = 16
     """Pictures drawn at once; it does not change them."""
     device: Device = "auto"
@@ -217,16 +240,9 @@ class DrawChoice:
     """Where to write; by default a name with the settings beside the model's own files, or here."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.batch >= 1, f"--batch must be at least 1, got {self.batch}")
-        _check_drawing(self)
         require(self.classes is None or len(self.classes) > 0, "--classes needs at least one class")
-
-    def sampling(self, images: int) -> SamplingConfig:
-        """The part that decides pictures."""
-        return SamplingConfig(
-            images=images, guidance=self.cfg, guidance_form=self.guidance_form,
-            top_k=self.top_k, top_p=self.top_p, seed=self.seed,
-        )  # fmt: skip
 
     def known_classes(self, count: int) -> tuple[int, ...]:
         """The classes to draw, of a model that has ``count``.
@@ -303,7 +319,7 @@ class StagesRequest(DrawChoice):
 
 
 @dataclass(frozen=True)
-class FidelityRequest:
+class FidelityRequest(Drawing):
     """Options of ``fidelity``."""
 
     extractor: str | None = None
@@ -322,16 +338,6 @@ class FidelityRequest:
     """Where the runs' images lie now, if elsewhere."""
     manifold: int = 10_000
     """Precision and recall are of at most so many pictures and images."""
-    cfg: float = 1.5
-    """Classifier-free guidance."""
-    guidance_form: Literal["ramp", "constant"] = "ramp"
-    """Guidance rises over the steps (VAR), or is the same at all (LlamaGen, whose cfg is 1 more)."""
-    top_k: int = 0
-    """Draw from the k most likely tokens only; 0 from all."""
-    top_p: float = 0.0
-    """Draw from the most likely tokens with this probability together; 0 from all."""
-    seed: int = 0
-    """Of the first picture; each further one has the next."""
     batch: int = 32
     """Pictures at once; it changes the numbers by rounding."""
     depth: int | None = None
@@ -364,7 +370,7 @@ class FidelityRequest:
             self.reference_images is None or self.reference in ("train", "val"),
             f"--reference-images is for --reference train or val, not for a file ({self.reference})",
         )
-        _check_drawing(self)
+        super().__post_init__()
 
     @property
     def chosen(self) -> str:
@@ -378,11 +384,6 @@ class FidelityRequest:
                 "fidelity needs --extractor: inception, inception-adm, classifier or MODULE:FUNCTION"
             )
         return self.extractor
-
-    @property
-    def sampling(self) -> SamplingConfig:
-        """How pictures are drawn."""
-        return SamplingConfig(self.images, self.cfg, self.guidance_form, self.top_k, self.top_p, self.seed)
 
 
 @dataclass(frozen=True)
@@ -455,10 +456,3 @@ class ClassifierRun:
     def run_id(self) -> str:
         """Folder name: ``cls-<resolution>px-<hash>``."""
         return f"cls-{self.data.resolution}px-{content_hash(self)[:10]}"
-
-
-def _check_drawing(request: EditRequest | DrawChoice | FidelityRequest) -> None:
-    require(request.seed >= 0, f"--seed must not be negative, got {request.seed}")
-    require(request.cfg >= 0, f"--cfg must not be negative, got {request.cfg:g}")
-    require(request.top_k >= 0, f"--top-k must not be negative, got {request.top_k}")
-    require(0 <= request.top_p <= 1, f"--top-p must be 0 to 1, got {request.top_p:g}")

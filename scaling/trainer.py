@@ -28,8 +28,10 @@ from torch import Tensor, nn
 
 from scaling import flops
 from scaling.agreement import Agreement, same_start
+from scaling.branches import ALONE, Sharing, branch_start, has_left, lines_to_share
 from scaling.checkpoint import (
     NotFiniteError,
+    Tensors,
     check_finite,
     forget_newest,
     load_checkpoint,
@@ -48,25 +50,30 @@ from scaling.families.registry import build, family_model
 from scaling.generation import sample_grid
 from scaling.layers.attention import back_end
 from scaling.memory import out_of_memory
-from scaling.mirror import Mirror
 from scaling.objective import Objective
 from scaling.process import DivergedError, Interrupted, JobProcess, recorded_failure, run_job
 from scaling.records import RunFolder, finite, read_json
 from scaling.schedule import learning_rate, weight_decay
 from scaling.steps import step_scales
 from scaling.tokenizer.vqvae import Tokenizer, load_tokenizer
+from scaling.trackers.mirror import Mirror
 from scaling.training_step import Batches, rehearse, train_step
 
 EVAL_BATCH = 64
 
 
 def train(
-    folder: RunFolder, config: RunConfig, launch: LaunchConfig, cache: TokenCache, tokenizer: Tokenizer
+    folder: RunFolder,
+    config: RunConfig,
+    launch: LaunchConfig,
+    cache: TokenCache,
+    tokenizer: Tokenizer,
+    sharing: Sharing = ALONE,
 ) -> None:
     """Train the run in ``folder`` from its newest checkpoint to the end; every process calls it."""
     with recorded_failure(folder):
-        accelerator = make_accelerator(config, launch, folder)
-    _train(accelerator, folder, config, launch, cache, tokenizer)
+        accelerator = make_accelerator(config, launch)
+    _train(accelerator, folder, config, launch, cache, tokenizer, sharing)
     # DDP's reducer must not be the last to let go of gloo's group: it would wait, holding Python's lock, for
     # the group's thread, which may be waiting for that lock. A rank then never ends.
     accelerator.free_memory()
@@ -80,6 +87,7 @@ def _train(
     launch: LaunchConfig,
     cache: TokenCache,
     tokenizer: Tokenizer,
+    sharing: Sharing,
 ) -> None:
     """``train``, on these processes; the loop."""
     with JobProcess(folder, accelerator.is_main_process, accelerator.wait_for_everyone) as job:
@@ -89,9 +97,12 @@ def _train(
                 forget_newest(folder.checkpoints)  # finite, but perhaps on its way already
         accelerator.wait_for_everyone()
         state = State(config, launch, accelerator, tokenizer)
-        start, total = state.resume(folder), config.total_steps
+        start, shared = state.resume(folder, sharing.trunk)
+        total = config.total_steps
         train_split, val_split = cache.split("train"), cache.split("val")
-        mirror = Mirror(accelerator, config, launch, folder, start)
+        mirror = Mirror(accelerator, launch, folder, 0 if shared else start)
+        for line in shared:
+            mirror.log(line)
         batches = Batches(config, launch, accelerator, train_split, folder)
         before = [r["loss_avg"] for r in folder.metrics("train") if r["step"] <= start]
         divergence = Divergence(config.model.vocab, accelerator.scaler is not None, before)
@@ -127,6 +138,9 @@ def _train(
             if done in snapshots and accelerator.is_main_process:
                 with clock.paused():
                     write_weights(state.bare, folder.snapshot(done))
+            if done in sharing.leave:
+                with clock.paused():
+                    state.leave(folder, done)
             leave, due = agreement.ask(done, job.should_stop(), clock.checkpoint_due())
             if (leave or due) and done < total:
                 with clock.paused():
@@ -171,6 +185,30 @@ class State:
         Raises:
             DivergedError: (in all of them) weights or moments are not finite any more.
         """
+        tensors = self._finite_tensors(step)
+        if self.accelerator.is_main_process:
+            folder.sync()  # lines behind the checkpoint would never be written again
+            save_checkpoint(folder.checkpoints, step, tensors, self._facts(step))
+        self.accelerator.wait_for_everyone()
+
+    def leave(self, folder: RunFolder, step: int) -> None:
+        """Write what shorter runs of this config start from, unless it is there (main process; the others
+        wait). Raises as ``save``."""
+        tensors = self._finite_tensors(step)
+        if self.accelerator.is_main_process and not has_left(folder, step):
+            facts = self._facts(step) | {"lines": lines_to_share(folder)}
+            save_checkpoint(folder.branches, step, tensors, facts, keep=None)
+        self.accelerator.wait_for_everyone()
+
+    def _facts(self, step: int) -> dict[str, Any]:
+        scaler = self.accelerator.scaler
+        return {
+            "step": step,
+            "tokenizer": self.tokenizer_hash,
+            "scaler": scaler.state_dict() if scaler is not None else None,
+        }
+
+    def _finite_tensors(self, step: int) -> Tensors:
         tensors = {
             "model": {n: t.detach() for n, t in self.bare.state_dict().items()},
             "optimizer": optimizer_tensors(self.optimizer.optimizer, self.names),
@@ -179,28 +217,33 @@ class State:
             check_finite(tensors)
         except NotFiniteError as error:
             raise DivergedError(f"after step {step} {error}") from None
-        if self.accelerator.is_main_process:
-            scaler = self.accelerator.scaler
-            facts = {
-                "step": step,
-                "tokenizer": self.tokenizer_hash,
-                "scaler": scaler.state_dict() if scaler is not None else None,
-            }
-            folder.sync()  # lines behind the checkpoint would never be written again
-            save_checkpoint(folder.checkpoints, step, tensors, facts)
-        self.accelerator.wait_for_everyone()
+        return tensors
 
-    def resume(self, folder: RunFolder) -> int:
-        """Restore the newest sound checkpoint; returns the steps already done.
+    def resume(self, folder: RunFolder, trunk: RunFolder | None) -> tuple[int, list[dict[str, Any]]]:
+        """Restore the newest sound checkpoint, else what ``trunk`` has left, else nothing.
+
+        Returns:
+            The steps already done; the trunk's lines of metrics up to there, if it did them.
 
         Raises:
             ConfigError: the checkpoint was trained on tokens of another tokenizer.
             RecordsError: it could not be read, or another process has found another one.
         """
-        checkpoint = load_checkpoint(folder.checkpoints)
+        checkpoint, lines = load_checkpoint(folder.checkpoints), list[dict[str, Any]]()
+        resumed = checkpoint is not None
+        if checkpoint is None and trunk is not None:
+            checkpoint = branch_start(trunk, self.config)
+            lines = checkpoint.state["lines"] if checkpoint else []
         same_start(self.accelerator, folder.checkpoints, checkpoint.step if checkpoint else 0)
+        if self.accelerator.is_main_process and not resumed:
+            spent = flops.spent(self.config, checkpoint.step) if checkpoint else None
+            folder.write_shared(
+                {"run": trunk.name, "step": checkpoint.step, "tokens": spent.tokens, "flops": spent.flops}
+                if trunk and checkpoint and spent
+                else None
+            )
         if checkpoint is None:
-            return 0
+            return 0, []
         trained_on = checkpoint.state["tokenizer"]
         if trained_on != self.tokenizer_hash:
             raise ConfigError(
@@ -211,7 +254,7 @@ class State:
         restore_optimizer(self.optimizer.optimizer, self.names, checkpoint.tensors["optimizer"])
         if checkpoint.state["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
-        return checkpoint.step
+        return checkpoint.step, lines
 
 
 def decay_groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -331,7 +374,7 @@ def machine_facts(
     return facts
 
 
-def make_accelerator(config: RunConfig, launch: LaunchConfig, folder: RunFolder) -> Accelerator:
+def make_accelerator(config: RunConfig, launch: LaunchConfig) -> Accelerator:
     """Accelerate for this run's precision and device.
 
     Raises:
@@ -340,8 +383,6 @@ def make_accelerator(config: RunConfig, launch: LaunchConfig, folder: RunFolder)
     return accelerator_on(
         launch.device,
         config.train.precision,
-        log_with=None if launch.wandb == "off" else "wandb",
-        project_dir=folder.path,
         # The model's buffers are constants: nothing to exchange before every step.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
@@ -377,7 +418,16 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--tokens", type=Path, required=True, help="the token cache's folder")
     parser.add_argument("--tokenizer", type=Path, required=True, help="the tokenizer run's folder")
+    parser.add_argument("--trunk", type=Path, help="folder of a longer run of the same config to start from")
+    parser.add_argument(
+        "--leave",
+        type=int,
+        nargs="+",
+        default=[],
+        help="steps after which to leave a checkpoint for shorter ones",
+    )
     args = parser.parse_args()
+    sharing = Sharing(RunFolder(args.trunk) if args.trunk else None, frozenset(args.leave))
     folder = RunFolder(args.folder)
     with recorded_failure(folder):
         config = from_dict(RunConfig, folder.config())
@@ -387,7 +437,7 @@ def main() -> None:
         torch.backends.cudnn.allow_tf32 = False  # φ decides tokens' inputs: the same on every device
         tokenizer = load_tokenizer(args.tokenizer / "tokenizer")
         cache = open_cache(args.tokens, tokenizer.content_hash, config.tokenizer.scales)
-    train(folder, config, launch, cache, tokenizer)
+    train(folder, config, launch, cache, tokenizer, sharing)
 
 
 if __name__ == "__main__":

@@ -125,9 +125,9 @@ class Calibration:
     images: tuple[ImageSpeed, ...] = ()
 
     def run(
-        self, run: RunConfig, machine: Machine, allotment: Allotment, launch: LaunchConfig
+        self, run: RunConfig, machine: Machine, allotment: Allotment, launch: LaunchConfig, start: int = 0
     ) -> Estimate | None:
-        """Expected time of one run, or None when nothing like it was measured."""
+        """Expected time of one run from step ``start`` on, or None when nothing like it was measured."""
         wanted = (
             *(machine.name, allotment.threads, launch.processes, launch.machines),
             *(run.train.precision, run.model.family),
@@ -151,7 +151,7 @@ class Calibration:
             (1 - share) * math.log(low.flops_per_second) + share * math.log(high.flops_per_second)
         )
         other = (1 - share) * low.other_seconds + share * high.other_seconds
-        seconds = run_flops(run) / speed + other
+        seconds = run_flops(run, start) / speed + other
         depths = tuple(sorted({low.depth, high.depth}))
         same = {low.settings, high.settings} == {run_settings(run, allotment, launch)}
         return Estimate(seconds, depths, depths == (depth,) and nearest == length and same, same)
@@ -245,7 +245,7 @@ def measure_run(
         run.model.depth,
         run.model.seq_len,
         speed,
-        max(0.0, seconds - run_flops(run) / speed),
+        max(0.0, seconds - run_flops(run, int(folder.shared()["step"])) / speed),
         len(logged),
         run_settings(run, allotment, launch),
         run.model.family,
@@ -320,11 +320,13 @@ def _micro_batch(batch: int, processes: int, launch: LaunchConfig) -> int:
     return min(launch.micro_batch or share, share)
 
 
-def run_flops(run: RunConfig) -> float:
-    """FLOPs of a run's training and evaluations."""
+def run_flops(run: RunConfig, start: int = 0) -> float:
+    """FLOPs of a run's training and evaluations after the first ``start`` steps."""
     assert run.data.val_images is not None  # RunConfig has checked it
-    evaluated = len(run.eval_steps) * min(run.evaluation.images or run.data.val_images, run.data.val_images)
-    return spent(run, run.total_steps).flops + FORWARD * train_flops(run.model) * evaluated
+    evaluations = sum(step > start for step in run.eval_steps)
+    evaluated = evaluations * min(run.evaluation.images or run.data.val_images, run.data.val_images)
+    trained = spent(run, run.total_steps).flops - spent(run, start).flops
+    return trained + FORWARD * train_flops(run.model) * evaluated
 
 
 def image_precision(job: str, config: TokenizerRunConfig) -> str:

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from scaling.config import ConfigError, DataConfig, RunConfig
-from scaling.records import RecordsError
-from sweeps import calibration
+from scaling.records import RecordsError, RunFolder
+from sweeps import calibration, slurm
 from sweeps.jobs import Job
 from sweeps.machine import this_machine
 from sweeps.meeting import Follower, Leader
@@ -25,7 +27,9 @@ from sweeps.plan import Plan, make_plan, stage_of, stage_threads
 from sweeps.progress import Progress
 from sweeps.recipe import Recipe
 from sweeps.scheduler import JobState, Result, Scheduler
-from sweeps.tables import plan_notes, plan_table, shown_state, size, status_table, sweep_folders
+from sweeps.slurm_queue import Seen, standing
+from sweeps.tables import beats, plan_notes, plan_table, shown_state, size, status_table, sweep_folders
+from sweeps.trunks import clear
 
 Resolve = Callable[[DataConfig], DataConfig]
 CheckData = Callable[[DataConfig], str]
@@ -51,21 +55,24 @@ def plan(recipe: Recipe, root: Path, resolve: Resolve) -> Plan:
     return make_plan(recipe, resolve(recipe.data), root, this_machine(recipe.launch.device))
 
 
-def show_plan(made: Plan, as_json: bool, check_data: CheckData) -> int:
+def show_plan(made: Plan, as_json: bool, check_data: CheckData, more: Mapping[str, Any] | None = None) -> int:
     """Print the plan. A recipe that states its counts can be planned before its data is at hand.
 
     Data that is plainly not there is told in the words with which ``run`` will refuse.
+
+    Args:
+        more: for the JSON alone.
     """
     missing = _missing_data(made, check_data)
     if as_json:
-        print(json.dumps(made.to_json() | {"missing_data": missing}, indent=1))
+        print(json.dumps(made.to_json() | {"missing_data": missing} | dict(more or {}), indent=1))
         return 0
     out = console()
-    _print_plan(made, out)
+    print_plan(made, out)
     if missing is not None:
         data = made.data
-        _say(out, f"\nMISSING DATA: {missing}", "bold red")
-        _say(
+        say(out, f"\nMISSING DATA: {missing}", "bold red")
+        say(
             out,
             f"'run' and 'tokenize' will stop with this error. Planned with the recipe's own counts "
             f"({data.train_images} training and {data.val_images} validation images, "
@@ -86,16 +93,22 @@ def launch(made: Plan, jobs: Sequence[Job], check_data: CheckData) -> Result:
             started or written then.
     """
     out = console()
-    _print_plan(made, out)
-    _check_images(made, check_data)
+    print_plan(made, out)
+    check_images(made, check_data)
     made.write()
     jobs = recheck_tokens(jobs)
     display = Progress(out, len(made.allotment.slots))
+
+    def on_done(state: JobState) -> None:
+        _calibrate(made, state, out)
+        clear(made.run_jobs)
+
+    clear(made.run_jobs)  # what a launcher that was killed had no time for
     scheduler = Scheduler(
         jobs,
         made.allotment.slots,
         on_tick=display.update,
-        on_done=lambda state: _calibrate(made, state, out),
+        on_done=on_done,
         patience=Patience.of(made.recipe.launch),
     )
     if all(state.phase == "done" for state in scheduler.states):
@@ -104,7 +117,7 @@ def launch(made: Plan, jobs: Sequence[Job], check_data: CheckData) -> Result:
     with display:
         result = _lead(made, scheduler, out)
     tell(result, out)
-    _tell_unreadable(made, out)
+    tell_unreadable(made, out)
     return result
 
 
@@ -115,13 +128,13 @@ def follow(made: Plan) -> int:
         RecordsError: machine 0 runs another recipe.
     """
     out, launch = console(), made.recipe.launch
-    _print_plan(made, out)
+    print_plan(made, out)
     return Follower(
         made.folders.sweep,
         launch.machine_rank,
         made.run_jobs,
         made.allotment.slots[0],
-        lambda text: _say(out, text),
+        lambda text: say(out, text),
     ).run()
 
 
@@ -130,7 +143,7 @@ def _lead(made: Plan, scheduler: Scheduler, out: Console) -> Result:
     machines = made.recipe.launch.machines
     if machines == 1 or not any(state.job.kind == "run" for state in scheduler.states):
         return scheduler.run()
-    leader = Leader(made.folders.sweep, machines, lambda text: _say(out, text))
+    leader = Leader(made.folders.sweep, machines, lambda text: say(out, text))
     show, code = scheduler.on_tick, 1
 
     def tick(states: Sequence[JobState]) -> None:
@@ -162,15 +175,29 @@ def recheck_tokens(jobs: Sequence[Job]) -> list[Job]:
 
 def show_status(sweep: Path, as_json: bool) -> int:
     """Print every job's state; nothing is imported, resolved or locked for it."""
+    folders, out = sweep_folders(sweep), console()
+    try:
+        seen = slurm.look(sweep.parent, {folder.path for _, folder in folders})
+    except RecordsError as error:  # what the folders say is worth showing all the same
+        seen = {}
+        print(f"note: {error}", file=sys.stderr)
     if as_json:
-        print(json.dumps({name: folder.status() for name, folder in sweep_folders(sweep)}, indent=1))
+        print(json.dumps({name: _status(folder, seen) for name, folder in folders}, indent=1))
     else:
-        out = console()
-        out.print(status_table(sweep))
-        states = {name: shown_state(folder.status()) for name, folder in sweep_folders(sweep)}
+        out.print(status_table(sweep, seen))
+        states = {name: shown_state(folder, seen)[0] for name, folder in folders}
         missing = [f"{name} ({state})" for name, state in states.items() if state != "done"]
-        _say(out, f"missing: {', '.join(missing)}" if missing else "all done")
+        say(out, f"missing: {', '.join(missing)}" if missing else "all done")
     return 0
+
+
+def _status(folder: RunFolder, seen: Mapping[Path, Seen]) -> dict[str, Any]:
+    """A job's status; with what Slurm says of it, where it was handed to Slurm."""
+    status, found = folder.status(), seen.get(folder.path)
+    if found is None:
+        return status
+    state, _ = standing(status["state"], found, beats(status))
+    return status | {"state": state, "slurm": {"id": found.id, "state": found.state, "reason": found.reason}}
 
 
 def _calibrate(made: Plan, state: JobState, out: Console) -> None:
@@ -193,10 +220,10 @@ def _calibrate(made: Plan, state: JobState, out: Console) -> None:
         if speed is not None:
             calibration.add(speed)
     except (OSError, RecordsError) as error:  # records that cannot be read, a home that cannot be written
-        _say(out, f"note: this speed is not remembered: {error}")
+        say(out, f"note: this speed is not remembered: {error}")
 
 
-def _check_images(made: Plan, check_data: CheckData) -> None:
+def check_images(made: Plan, check_data: CheckData) -> None:
     stages = made.stage_jobs
     needed = any(job.state != "done" for job in stages)
     if not needed and made.data.source == "hf":
@@ -228,10 +255,10 @@ def _missing_data(made: Plan, check_data: CheckData) -> str | None:
     return None
 
 
-def _print_plan(made: Plan, out: Console) -> None:
+def print_plan(made: Plan, out: Console) -> None:
     out.print(plan_table(made, out.width))
     for warning in (*plan_notes(made), *_warnings(made)):
-        _say(out, warning)
+        say(out, warning)
 
 
 def _warnings(made: Plan) -> list[str]:
@@ -251,29 +278,32 @@ def _warnings(made: Plan) -> list[str]:
 def tell(result: Result, out: Console) -> None:
     """What did not work, why, and where to read more; what to do next."""
     if result.interrupted:
-        _say(out, "stopped; the same command goes on from what is there")
+        say(out, "stopped; the same command goes on from what is there")
         return
     for state in result.failed:
-        _say(out, f"\n{state.job.name}: {state.phase}: {state.reason}")
+        say(out, f"\n{state.job.name}: {state.phase}: {state.reason}")
         if state.code not in (None, 2):
             for text in state.log_tail():
-                _say(out, f"    {text}")
-        _say(out, f"    log: {state.log}")
+                say(out, f"    {text}")
+        say(out, f"    log: {state.log}")
+    for state in result.missing:
+        if state.phase == "blocked" and state.reason:
+            say(out, f"{state.job.name}: blocked: {state.reason}")
     if result.missing:
         names = ", ".join(state.job.name for state in result.missing)
-        _say(out, f"\nmissing: {names}; the same command tries again and goes on from what is there")
+        say(out, f"\nmissing: {names}; the same command tries again and goes on from what is there")
 
 
-def _tell_unreadable(made: Plan, out: Console) -> None:
+def tell_unreadable(made: Plan, out: Console) -> None:
     for tokens in (job.folder for job in made.stage_jobs if job.kind == "tokens"):
         for split, count in tokens.unreadable().items():
-            _say(
+            say(
                 out,
                 f"note: {count} unreadable {split} images were skipped; {tokens.path / 'log.txt'} names them",
             )
 
 
-def _say(out: Console, text: str, style: str = "") -> None:
+def say(out: Console, text: str, style: str = "") -> None:
     out.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from scaling.config import LaunchConfig, to_dict
+from scaling.config import LaunchConfig, content_hash, to_dict
 from scaling.records import RecordsError, RunFolder, read_json
 from sweeps.commands import console, tell
 from sweeps.jobs import PRODUCTS, Job, command, prepare, process_environment
@@ -43,18 +43,20 @@ def measure(selection: Selection, request: FidelityRequest) -> int:
     ):
         if count:
             out.print(f"left out: {count} of {selection.sweep}: {what}", highlight=False, soft_wrap=True)
-    folder = RunFolder(selection.sweep / "fidelity")
     launch = LaunchConfig(
         processes=request.processes, threads=request.threads, device=request.device, runs_at_once=1
     )
     runs = [str(run.path.absolute()) for run in selection.runs]
+    asked = {"request": to_dict(request), "runs": runs}
+    # A folder for each request, so that two calls on one sweep tell each other's failures apart.
+    folder = RunFolder(selection.sweep / "fidelity" / content_hash(asked)[:10])
     job = Job(
         "fidelity",
         "fidelity",
         folder,
         command("fidelity", [str((folder.path / "launch.json").absolute())], launch),
         PRODUCTS["fidelity"],
-        launch={"request": to_dict(request), "runs": runs},
+        launch=asked,
         alone=True,
         recheck=True,
     )

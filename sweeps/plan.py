@@ -18,11 +18,12 @@ from typing import Any
 
 from scaling.config import DataConfig, LaunchConfig, RunConfig, TokenizerRunConfig, to_dict
 from scaling.flops import checkpoint_bytes, params, params_total, spent, token_bytes, train_memory
-from scaling.records import ListedRun, write_json
+from scaling.records import ListedRun, RunFolder, write_json
 from sweeps.calibration import Estimate, cached_images, load
 from sweeps.jobs import PACKAGE_ROOT, Folders, Job, prepare, run_job, tokenizer_jobs
 from sweeps.machine import PROCESS_BYTES, Allotment, Machine, allot
 from sweeps.recipe import Recipe, tokenizer_runs
+from sweeps.trunks import own_part, shares, start_of
 
 CHECKPOINTS = 3
 """Two are kept, a third is being written."""
@@ -44,11 +45,18 @@ class PlannedRun:
     tokens: int
     epochs: float
     flops: int
+    """Of the whole run, as it is recorded and as laws need it."""
+    start: int
+    """Steps that its trunk does for it."""
+    flops_spent: int
+    """Of the steps that it does itself."""
+    setting: str
+    """What ``grid`` and ``zip`` set for it."""
     memory: int
     """Bytes of all its processes on one machine."""
     memory_per_process: int
     disk: int
-    """Bytes at their most: checkpoints and final weights."""
+    """Bytes at their most: checkpoints, those for branches too, and final weights."""
     seconds: float | None
     """Expected, of this run by itself."""
     state: str
@@ -106,7 +114,7 @@ class Plan:
     def seconds(self) -> float | None:
         """Expected time on the clock until everything is done, with as many runs at once as there are
         places; None when a job's time is unknown."""
-        left = [(j.kind, j.seconds, j.weight) for j in self.jobs if j.state != "done"]
+        left = [(j.kind, j.seconds, j.weight + j.behind) for j in self.jobs if j.state != "done"]
         if any(seconds is None for _, seconds, _ in left):
             return None
         first = sum(s or 0.0 for kind, s, _ in left if kind != "run")
@@ -131,7 +139,8 @@ class Plan:
             ],
             "total": {
                 "flops": sum(r.flops for r in self.runs),
-                "flops_to_do": sum(r.flops for r in self.runs if r.state != "done"),
+                "flops_spent": sum(r.flops_spent for r in self.runs),
+                "flops_to_do": sum(r.flops_spent for r in self.runs if r.state != "done"),
                 "peak_memory": self.peak_memory,
                 "disk_to_do": self.disk,
                 "seconds_to_do_sum": self.seconds_sum,
@@ -185,7 +194,7 @@ def make_plan(recipe: Recipe, data: DataConfig, root: Path, machine: Machine) ->
     configs = tuple(dataclasses.replace(c, tokenizer_train=resolved[c.tokenizer_train]) for c in runs)
     stages = tokenizer_runs(configs)
     launch, folders = recipe.launch, Folders(root, root / recipe.name)
-    memories = [_process_memory(recipe, c) for c in configs]
+    memories = [process_memory(launch, c) for c in configs]
     allotment = allot(machine, launch, memories)
     calibration = load()
 
@@ -196,13 +205,18 @@ def make_plan(recipe: Recipe, data: DataConfig, root: Path, machine: Machine) ->
         estimates.append(found)
         jobs[index] = dataclasses.replace(job, seconds=found.seconds if found else None)
     planned = []
-    for config, memory in zip(configs, memories, strict=True):
-        flops = spent(config, config.total_steps).flops
-        found = calibration.run(config, machine, allotment, launch)
-        job = run_job(folders, config, launch, allotment.threads, flops)
+    for config, (job, start), memory, place in zip(
+        configs,
+        _run_jobs(configs, folders, launch, allotment.threads),
+        memories,
+        recipe.places(),
+        strict=True,
+    ):
+        found = calibration.run(config, machine, allotment, launch, start)
         estimates.append(found)
         jobs.append(dataclasses.replace(job, seconds=found.seconds if found else None))
-        planned.append(_planned(config, jobs[-1], memory + PROCESS_BYTES, launch.processes))
+        process = memory + PROCESS_BYTES
+        planned.append(_planned(config, jobs[-1], start, process, launch.processes, place.label))
     return Plan(
         recipe, data, folders, machine, allotment, configs, tuple(planned), tuple(jobs), tuple(estimates)
     )
@@ -250,17 +264,37 @@ def makespan(seconds: Sequence[float], places: int) -> float:
     return max(free)
 
 
-def _process_memory(recipe: Recipe, config: RunConfig) -> int:
-    launch = recipe.launch
+def process_memory(launch: LaunchConfig, config: RunConfig) -> int:
+    """Bytes of tensors that one training process of a run is expected to need at most."""
     share = -(-config.train.batch // (launch.machines * launch.processes))
     micro = min(launch.micro_batch or share, share)
     return train_memory(config.model, micro, config.train.precision)
 
 
-def _planned(config: RunConfig, job: Job, process_memory: int, processes: int) -> PlannedRun:
+def _run_jobs(
+    configs: Sequence[RunConfig], folders: Folders, launch: LaunchConfig, threads: int
+) -> list[tuple[Job, int]]:
+    """A job for every run, and the steps that its trunk does for it; trunks weigh with their branches."""
+    found: dict[str, tuple[Job, int]] = {}
+    parts = zip(configs, shares(configs), strict=True)
+    for config, share in sorted(parts, key=lambda part: part[1].trunk is not None):  # trunks first
+        trunk = None if share.trunk is None else found[share.trunk][0]
+        start = start_of(RunFolder(folders.sweep / config.run_id), share, trunk)
+        weight = own_part(config, start).flops
+        job = run_job(folders, config, launch, threads, weight, share.trunk, share.start, share.leave)
+        found[config.run_id] = job, start
+        if trunk is not None and start:
+            found[trunk.name] = dataclasses.replace(trunk, behind=trunk.behind + weight), 0
+    return [found[config.run_id] for config in configs]
+
+
+def _planned(
+    config: RunConfig, job: Job, start: int, process_memory: int, processes: int, setting: str
+) -> PlannedRun:
     model, train, steps = config.model, config.train, config.total_steps
     total, images = spent(config, steps), config.data.train_images
     assert images is not None  # RunConfig has checked it
+    checkpoints = CHECKPOINTS + len(job.leave)
     return PlannedRun(
         run=config.run_id,
         family=model.family,
@@ -274,9 +308,12 @@ def _planned(config: RunConfig, job: Job, process_memory: int, processes: int) -
         tokens=total.tokens,
         epochs=steps * train.batch / images,
         flops=total.flops,
+        start=start,
+        flops_spent=own_part(config, start).flops,
+        setting=setting,
         memory=processes * process_memory,
         memory_per_process=process_memory,
-        disk=CHECKPOINTS * checkpoint_bytes(model) + 4 * params_total(model),
+        disk=checkpoints * checkpoint_bytes(model) + 4 * params_total(model),
         seconds=job.seconds,
         state=job.state,
     )

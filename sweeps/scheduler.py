@@ -9,7 +9,8 @@
   it from before the start until after the end, so that two launchers never start the same job and never
   probe a lock that a job is about to take.
 - A job that fails takes down only what needs it; the others go on. It is started again where that may help
-  (``sweeps.patience``), after a pause; a silent one is ended first.
+  (``sweeps.patience``), after a pause; a silent one is ended first. A branch needs a checkpoint of its trunk,
+  which may fail or go on once it has left that.
 - A job that is ``alone`` (tokenizers and token caches, which use every core) goes before all others and
   beside none. While it waits for those that run, only what is expected to end before them is started.
 - What cannot be written (a full disk) fails the job concerned and never the launcher.
@@ -175,13 +176,18 @@ class Scheduler:
     def _start_what_can(self) -> None:
         phases = {s.job.folder.path: s.phase for s in self.states}
         held = False
-        for state in sorted(self.states, key=lambda s: (not s.job.alone, -s.job.weight)):
+        for state in sorted(self.states, key=lambda s: (not s.job.alone, -s.job.weight - s.job.behind)):
             if state.phase not in ("waiting", "elsewhere") or state.not_before > time.monotonic():
                 continue
             if held and state.job.weight > self._longest_left():
                 continue
             needs = [phases.get(path, "done") for path in state.job.needs]
+            trunk = state.job.lacks
+            if trunk is not None:
+                needs.append(phases.get(trunk.path, "done"))
             if any(phase in ENDED and phase != "done" for phase in needs):
+                if trunk is not None and needs[-1] in ENDED:
+                    state.reason = f"needs step {state.job.start} of {trunk.name}, which is {needs[-1]}"
                 self._end(state, "blocked")
             elif all(phase == "done" for phase in needs):
                 held |= self._start_if_free(state)

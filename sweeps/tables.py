@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 from scaling.records import ListedRun, RecordsError, RunFolder, read_sweep
 from sweeps.jobs import stage_name
 from sweeps.plan import cache_bytes, stage_of
+from sweeps.slurm_queue import standing
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from sweeps.calibration import Estimate
     from sweeps.plan import Plan, PlannedRun
+    from sweeps.slurm_queue import Seen
 
 STALE_SECONDS = 30.0
 """A running job writes its heartbeat every few seconds; after this silence it is taken for dead."""
@@ -60,6 +62,7 @@ def plan_table(plan: Plan, width: int = WIDE) -> Table:
     table = Table(title=f"sweep '{plan.recipe.name}' in {plan.folders.sweep}", title_justify="left", box=None)
     left = [r for r in plan.runs if r.state != "done"]
     places = len(plan.allotment.slots)
+    shared = any(run.start for run in plan.runs)
     rows = [
         {"run": job.name, "time": _time(found), "state": _to_do(job.state)}
         | ({"disk": size(cache_bytes(job))} if job.kind == "tokens" else {})
@@ -68,6 +71,7 @@ def plan_table(plan: Plan, width: int = WIDE) -> Table:
     rows += [
         {
             "run": run.run if width >= WIDE else run.run.rpartition("-")[0],
+            **({"setting": run.setting} if any(r.setting for r in plan.runs) else {}),
             "depth": str(run.depth),
             "width": str(run.width),
             "N": number(run.params),
@@ -77,6 +81,7 @@ def plan_table(plan: Plan, width: int = WIDE) -> Table:
             "tokens": number(run.tokens),
             "epochs": f"{run.epochs:.3g}",
             "FLOPs": f"{run.flops:.3g}",
+            **({"spent": f"{run.flops_spent:.3g}"} if shared else {}),
             "memory/process": size(run.memory_per_process),
             "memory/run": size(run.memory),
             "disk": size(run.disk),
@@ -89,6 +94,7 @@ def plan_table(plan: Plan, width: int = WIDE) -> Table:
         "run": f"to do: {len(left)} of {len(plan.runs)} runs",
         "tokens": number(sum(r.tokens for r in left)),
         "FLOPs": f"{sum(r.flops for r in left):.3g}",
+        "spent": f"{sum(r.flops_spent for r in left):.3g}",
         "disk": size(plan.disk),
         "time": _seconds(plan.seconds_sum),
     }
@@ -114,12 +120,25 @@ def plan_table(plan: Plan, width: int = WIDE) -> Table:
 
 def plan_notes(plan: Plan) -> list[str]:
     """What stands below the table: the data, the machine, and how memory and time were told."""
-    notes = [_data_note(plan), _machine_note(plan), _memory_note(plan), _time_note(plan)]
+    notes = [_data_note(plan), _machine_note(plan), _memory_note(plan), _time_note(plan), *_design_note(plan)]
     tokens = [job for job in plan.stage_jobs if job.kind == "tokens"]
     if len(tokens) > 1:
         uses = [f"{job.folder.name} for {', '.join(plan.families_of(stage_of(job)))}" for job in tokens]
         notes.insert(1, f"tokenizers: {'; '.join(uses)}")
     return notes
+
+
+def _design_note(plan: Plan) -> list[str]:
+    """What sharing stable phases saves; none where no run starts from another's checkpoint."""
+    branches = [run for run in plan.runs if run.start]
+    if not branches:
+        return []
+    alone, together = (sum(getattr(r, name) for r in plan.runs) for name in ("flops", "flops_spent"))
+    return [
+        f"design: trunks and branches {together:.3g} FLOPs, as independent runs {alone:.3g} "
+        f"({together / alone:.2f}): {len(branches)} of {len(plan.runs)} runs start where their decay begins, "
+        "from a checkpoint of the longest; FLOPs are what the records hold, spent is what a run does itself"
+    ]
 
 
 def _data_note(plan: Plan) -> str:
@@ -225,25 +244,31 @@ def _several(count: int, noun: str, plural: str = "") -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {plural or noun + 's'}"
 
 
-def status_table(sweep: Path) -> Table:
+def status_table(sweep: Path, seen: Mapping[Path, Seen] | None = None) -> Table:
     """State, step, loss, speed, heartbeat and error of every job of a started sweep.
+
+    Args:
+        seen: what Slurm says of a job, by its folder, if any was handed to it.
 
     Raises:
         RecordsError: the sweep was not started yet, or a file is damaged.
     """
     from rich.table import Table
 
+    seen = seen or {}
     table = Table(title=f"sweep '{sweep.name}' in {sweep}", title_justify="left", box=None)
     table.add_column("job", no_wrap=True)
     table.add_column("state", no_wrap=True)
     for heading in ("step", "train loss", "images/s", "heartbeat"):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("error", overflow="fold")
+    if seen:
+        table.add_column("Slurm", no_wrap=True)
+    table.add_column("reason" if seen else "error", overflow="fold")
     for name, folder in sweep_folders(sweep):
         status = folder.status()
         age = time.time() - status["heartbeat"] if "heartbeat" in status else None
-        state = shown_state(status)
-        if state == "running" and (age is None or age > STALE_SECONDS):
+        state, why = shown_state(folder, seen)
+        if state == "running" and not beats(status):
             state = "running? (no heartbeat)"
         loss, speed = status.get("loss"), status.get("images_per_second")
         table.add_row(
@@ -253,14 +278,23 @@ def status_table(sweep: Path) -> Table:
             f"{loss:.3f}" if isinstance(loss, float) else "",
             number(speed) if speed else "",
             f"{duration(age)} ago" if age is not None else "",
-            str(status.get("error", "")),
+            *([seen[folder.path].id if folder.path in seen else ""] if seen else []),
+            str(status.get("error", why)),
         )
     return table
 
 
-def shown_state(status: Mapping[str, Any]) -> str:
-    """A job's state for a person: a loss that diverged is told apart from other failures."""
-    return "diverged" if status.get("cause") == "diverged" else str(status["state"])
+def shown_state(folder: RunFolder, seen: Mapping[Path, Seen]) -> tuple[str, str]:
+    """A job's state for a person, and why it waits: what Slurm says of it too; a loss that diverged is told
+    apart from other failures."""
+    status = folder.status()
+    state, why = standing(str(status["state"]), seen.get(folder.path), beats(status))
+    return ("diverged" if state == "failed" and status.get("cause") == "diverged" else state), why
+
+
+def beats(status: Mapping[str, Any]) -> bool:
+    """Whether a job's last sign of life is fresh."""
+    return "heartbeat" in status and time.time() - status["heartbeat"] <= STALE_SECONDS
 
 
 def started_sweep(sweep: Path) -> tuple[ListedRun, ...]:

@@ -9,12 +9,15 @@
   score too. One that can give both in one pass says so with ``features_and_probabilities``.
 - Weights are the user's to bring: a .pth is read with ``weights_only`` and cannot run code.
 - Numbers of two extractors must never meet, so each has an identity: for weights a digest of the tensors,
-  whatever file they came from; for the user's own its name, whose meaning is the user's to keep.
+  whatever file they came from; for the user's own its name and a digest of MODULE's file. Weights that it
+  reads from elsewhere are not looked at: name their version in that file.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -107,8 +110,17 @@ def load_extractor(name: str, weights: str | None, device: torch.device) -> Name
         own = _call(name)
         if isinstance(own, nn.Module):
             own = own.to(device).eval()
-        return NamedExtractor(own, name, device)
+        return NamedExtractor(own, f"{name}@{_source_digest(name)}", device)
     raise ConfigError(f"unknown extractor '{name}'; known: {', '.join(NEED_WEIGHTS)}, MODULE:FUNCTION")
+
+
+def _source_digest(name: str) -> str:
+    """Of the file of MODULE in MODULE:FUNCTION, which has been imported."""
+    module = sys.modules[name.partition(":")[0]]
+    file = getattr(module, "__file__", None)
+    if file is None:
+        raise ConfigError(f"extractor {name}: {module.__name__} has no file to tell its versions apart by")
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12]
 
 
 def _call(name: str) -> Extractor:

@@ -8,7 +8,7 @@
   evaluation beside it, so that FID is plotted against them as loss is. Another setting (guidance,
   extractor, number of images) is another line. A run that has a line of this setting is not measured again,
   so a job that was stopped goes on with the next run.
-- The reference is looked at once for all runs of the same data, and kept beside the request for later ones.
+- The reference is looked at once for all runs of the same data, and kept beside the folders of the jobs.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ def measure_runs(
     subjects = [subject(RunFolder(run), request.data_path) for run in asked.runs]
     extractor = load_extractor(request.chosen, _weights(request, subjects[0]), device)
     counter = Counter(job, share.world)
-    references = References(request, extractor, place.path, share, counter)
+    references = References(request, extractor, place.path.parent, share, counter)
     known = [
         _known(
             s,
@@ -209,7 +209,7 @@ def measure_runs(
             reference = references.of(one.config.data)
             opened = open_model(one.folder.path, request.tokenizer, device)
             result = measure(
-                sampler(opened, request.sampling), request.images, reference, extractor,
+                sampler(opened, request.sampling(request.images)), request.images, reference, extractor,
                 batch=request.batch, keep=request.manifold, share=share,
                 progress=lambda done: counter.update(done, request.images),
             )  # fmt: skip
@@ -232,7 +232,7 @@ def _weights(request: FidelityRequest, first: Subject) -> str | None:
 
 def drawn_how(subject: Subject, request: FidelityRequest) -> dict[str, Any]:
     """How a run's pictures are drawn: as asked, but for a family that knows one form of guidance only."""
-    how = {key: getattr(request.sampling, key) for key in SAMPLING}
+    how = {key: getattr(request.sampling(request.images), key) for key in SAMPLING}
     own = FAMILIES[subject.config.model.family].guidance
     return how if own is None else how | {"guidance_form": own}
 

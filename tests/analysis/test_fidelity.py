@@ -67,6 +67,29 @@ def test_what_was_measured_otherwise_stands_apart(tmp_path: Path, change: dict[s
     assert len({p.label for p in protocols}) == 2
 
 
+def test_how_many_pictures_precision_and_recall_are_of_is_said(tmp_path: Path) -> None:
+    folder = fabricate.sweep(tmp_path, depths=(1, 2))
+    for depth, of in ((1, 2000), (2, 500)):
+        fabricate.measure(run(folder, depth), "var", RNG, manifold_images=of)
+    labels = [p.label for p in measured(folder)]
+    start = "inception features of 5000 images against validation, precision and recall of"
+    assert labels == [f"{start} 500", f"{start} 2000"]
+
+
+def test_of_several_seeds_of_one_setting_the_mean_is_shown_and_said(tmp_path: Path) -> None:
+    folder = fabricate.sweep(tmp_path, depths=(1, 2))
+    for seed, fid, recall in ((0, 10.0, 0.2), (1, 14.0, 0.4), (2, 18.0, 0.3)):
+        fabricate.measure(run(folder, 1), "var", RNG, seed=seed, fid=fid, recall=recall)
+    fabricate.measure(run(folder, 2), "var", RNG, fid=7.0)
+    (protocol,) = measured(folder)
+    assert protocol.last["fid"].tolist() == [14.0, 7.0]
+    assert protocol.last["draws"].tolist() == [3, 1]
+    first, second = fidelity_rows(protocol, ("var",))
+    assert (first["fid"], first["recall"]) == ("14", "0.3")
+    assert first["drawing"] == "guidance 1.5 (ramp); mean of 3 seeds"
+    assert second["drawing"] == "guidance 1.5 (ramp)"
+
+
 def test_families_with_other_tokens_share_an_axis(tmp_path: Path) -> None:
     """Pictures compare whatever the tokens."""
     folder = fabricate.sweep(tmp_path, depths=(1, 2), families=("var", "raster"), fidelity=True)

@@ -66,6 +66,18 @@ def test_seeds_that_drew_other_steps_leave_the_outlook(tmp_path: Path) -> None:
     assert {o.depth for o in make_study(folder).outlook} == {6, 8, 12}
 
 
+def test_random_steps_of_other_lengths_leave_the_outlook(tmp_path: Path) -> None:
+    """Depths trained for other numbers of steps drew other steps: 4e-5 of the cost per token, as measured."""
+    folder = fabricate.sweep(tmp_path, depths=(1, 2, 3, 4, 5), noise=1e-3)
+    for depth, factor in ((2, 1 + 4e-5), (4, 1 - 4e-5)):
+        run = RunFolder(folder / f"var-d{depth}-s0-0123456789")
+        fabricate.change(folder, depth, flops=int(run.metrics("eval")[-1]["flops"] * factor))
+    study = make_study(folder)
+    assert {o.depth for o in study.outlook} == {8, 10, 15}
+    cost = next(o.flops / study.finished["tokens"].max() for o in study.outlook)
+    assert cost == pytest.approx(4.1 * 73728 * 8**3, rel=1e-3)
+
+
 def test_images_that_were_left_out_are_told(tmp_path: Path) -> None:
     folder = fabricate.sweep(tmp_path, depths=(1, 2, 3, 4))
     skipped = [{"index": 3, "error": "cannot identify image file"}]

@@ -362,3 +362,23 @@ def test_a_law_is_asked_what_comes_next(tmp_path: Path) -> None:
         FitOptions(at=(-1.0,))
     with pytest.raises(DataError, match="--at does nothing with --law isoflop"):
         FitOptions(law="isoflop", at=(1e9,))
+
+
+def test_one_family_of_a_sweep_is_fitted_as_if_it_were_alone(tmp_path: Path) -> None:
+    folder = fabricate.sweep(tmp_path, depths=(1, 2, 3, 4), families=("var", "raster"), unfinished=(4,))
+    with pytest.raises(DataError, match="fit one of them with --family"):
+        fit_table(str(folder), FitOptions())
+    alone = make_study(folder, family="raster").law("loss_last").law
+    assert alone is not None
+    facts = fitted(str(folder), family="raster")
+    assert (facts["used"], facts["params"]["alpha"]) == (3, alone.alpha)
+    assert not [note for note in facts["notes"] if note.startswith("var-")]
+    with pytest.raises(DataError, match=r"--family gpt: not in .*; there are var, raster"):
+        fit_table(str(folder), FitOptions(family="gpt"))
+
+
+def test_one_family_of_a_table_is_fitted(tmp_path: Path) -> None:
+    frame = pd.concat([power().assign(family="a"), power(noise=0.0).assign(family="b")])
+    assert fitted(write(frame, tmp_path), family="b")["params"]["alpha"] == pytest.approx(-0.08)
+    with pytest.raises(DataError, match="family"):
+        fit_table(write(power(), tmp_path), FitOptions(family="b"))

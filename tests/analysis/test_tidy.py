@@ -183,6 +183,10 @@ def test_mixed_schedules_of_a_sweep_are_refused_by_row(tmp_path: Path) -> None:
 def test_mixed_families_are_refused() -> None:
     with pytest.raises(DataError, match=r"mixes 2 model families: mamba .*, var "):
         ready(table(family=["var"] * 5 + ["mamba"] * 3))
+    with pytest.raises(DataError, match=r"other tokens; fit one of them with --family, or pass --mixed"):
+        ready(table(family=["var"] * 5 + ["mamba"] * 3))
+    (note, *_) = ready(table(family=["var"] * 5 + ["mamba"] * 3), mixed=True).notes
+    assert note.endswith("their losses may be of other tokens")
 
 
 def test_what_weakens_a_fit_is_said() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import run_sweep
@@ -89,7 +90,7 @@ def test_inpainting_keeps_the_images_own_pixels(
     )
     assert [f.read_bytes() for f in again] == [f.read_bytes() for f in files]
     assert np.array_equal(pixels(alone[0]), pixels(files[1]))
-    plain = edit(var, image, tmp_path / "plain", *options, "--paste", "false")
+    plain = edit(var, image, tmp_path / "plain", *options[:-2], "--paste", "false")
     assert not np.array_equal(pixels(plain[0])[:, 5:], pixels(image)[:, 5:])
 
 
@@ -239,6 +240,26 @@ def test_pictures_go_beside_the_run_by_default(
             "the first step must be (1, 1) as trained, got (2, 2)",
         ),
         (
+            "flexvar",
+            ("--task", "refine", "--paste", "false"),
+            "--task refine draws every pixel anew and pastes nothing; it takes no --paste",
+        ),
+        (
+            "flexvar",
+            ("--task", "refine", "--feather", "2"),
+            "--task refine draws every pixel anew and pastes nothing; it takes no --feather",
+        ),
+        (
+            "flexvar",
+            ("--task", "expand", "--size", "8x12", "--peek"),
+            "--task expand hides nothing of the image; it takes no --peek",
+        ),
+        (
+            "var",
+            ("--task", "inpaint", "--box", "0", "0", "1", ".5", "--paste", "false", "--feather", "2"),
+            "--feather is the seam of what is pasted; it means nothing with --paste false",
+        ),
+        (
             "var",
             ("--task", "inpaint", "--box", "0", "0", "1", "1", "--count", "0"),
             "--count must be at least 1",
@@ -283,6 +304,12 @@ def test_unreadable_images_and_missing_words_are_told(
     assert capsys.readouterr().err.startswith(f"error: {broken}: cannot identify image file")
     assert run_sweep.main(["edit", var[0], *box]) == 2
     assert capsys.readouterr().err == f"error: 'edit' needs IMAGE after {var[0]}\n"
+    if not torch.cuda.is_available():
+        assert (
+            run_sweep.main(["edit", var[0], str(broken), "--tokenizer", var[1], *box, "--device", "cuda"])
+            == 2
+        )
+        assert capsys.readouterr().err == "error: --device cuda: torch sees no GPU here\n"
     assert run_sweep.main(["edit", "quickstart", str(broken), *box]) == 2
     assert capsys.readouterr().err == "error: quickstart is a sweep: --depth says which of its runs\n"
 
@@ -314,5 +341,22 @@ def test_guidance_without_a_class_is_told(
     var: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     image = picture(tmp_path / "image.png", 8, 8)
-    edit(var, image, tmp_path / "out", "--task", "inpaint", "--box", "0", "0", "1", ".5", "--cfg", "3")
+    edit(
+        var,
+        image,
+        tmp_path / "out",
+        "--task",
+        "inpaint",
+        "--box",
+        "0",
+        "0",
+        "1",
+        ".5",
+        "--cfg",
+        "3",
+        "--device",
+        "cpu",
+        "--guidance-form",
+        "constant",
+    )
     assert "--cfg 3 is without effect: there is no --class to guide towards" in capsys.readouterr().out

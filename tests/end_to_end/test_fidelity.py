@@ -86,8 +86,25 @@ def test_a_sweep_is_measured_once_and_its_report_written_again(
         assert f"{line['fid']:.2f}" in rows[run.name]
         assert rows[run.name].strip().endswith(state)
     assert "1 of 2 had a line of this setting already and were not measured again" in told
-    status = RunFolder(sweep / "fidelity").status()
-    assert (status["state"], status["step"], status["total_steps"]) == ("done", 20, 20)
+    told_apart = [RunFolder(f).status() for f in jobs(sweep)]
+    assert [status["state"] for status in told_apart] == ["done", "done"]
+    assert {(status["step"], status["total_steps"]) for status in told_apart} == {(20, 20), (50, 50)}
+
+
+def jobs(sweep: Path) -> list[Path]:
+    """Folders of the requests that were made."""
+    return [file.parent for file in sweep.glob("fidelity/*/launch.json")]
+
+
+def test_a_failure_is_of_its_own_call(runs: list[RunFolder], capsys: pytest.CaptureFixture[str]) -> None:
+    """A second request finds neither the state nor the words of the first."""
+    sweep = runs[0].path.parent
+    assert "no such reference" in refused(capsys, "fidelity", sweep, *OPTIONS, "--reference", "nowhere.npz")
+    (failed,) = jobs(sweep)
+    assert run_sweep.main(["fidelity", str(sweep), *OPTIONS]) == 0
+    states = {folder: RunFolder(folder).status()["state"] for folder in jobs(sweep)}
+    assert states.pop(failed) == "failed"
+    assert list(states.values()) == ["done"]
 
 
 def test_a_run_is_measured_by_its_folder(runs: list[RunFolder], capsys: pytest.CaptureFixture[str]) -> None:
@@ -108,7 +125,7 @@ def test_two_processes_give_the_numbers_of_one(runs: list[RunFolder]) -> None:
         run.close()
     shutil.rmtree(runs[0].path.parent / "fidelity")
     code = run_sweep.main(["fidelity", sweep, *OPTIONS, "--batch", "4", "--processes", "2"])
-    assert code == 0, (runs[0].path.parent / "fidelity" / "log.txt").read_text()
+    assert code == 0, [(folder / "log.txt").read_text() for folder in jobs(runs[0].path.parent)]
     for one, two in zip(alone, lines(runs), strict=True):
         for key, value in one[0].items():
             same = pytest.approx(value, rel=1e-5) if isinstance(value, float) else value

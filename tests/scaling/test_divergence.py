@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -129,9 +130,12 @@ def test_once_more_begins_at_the_checkpoint_before_and_is_counted(
     AcceleratorState._reset_state(reset_partial_state=True)
     starts, resume = list[int](), trainer.State.resume
 
-    def resumed(self: trainer.State, folder: RunFolder) -> int:
-        starts.append(resume(self, folder))
-        return starts[-1]
+    def resumed(
+        self: trainer.State, folder: RunFolder, trunk: RunFolder | None
+    ) -> tuple[int, list[dict[str, Any]]]:
+        found = resume(self, folder, trunk)
+        starts.append(found[0])
+        return found
 
     monkeypatch.setattr(trainer.State, "resume", resumed)
     monkeypatch.setattr(trainer.Clock, "checkpoint_due", lambda self: True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -112,13 +113,19 @@ class Means(nn.Module):
         return images_B3HW.mean(dim=(2, 3))
 
 
-def test_a_user_brings_an_extractor(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_user_brings_an_extractor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     own = ModuleType("own_extractor")
     own.means, own.nothing = Means, lambda: "text"  # type: ignore[attr-defined]
+    own.__file__ = str(tmp_path / "own_extractor.py")
+    Path(own.__file__).write_text("VERSION = 1")
     monkeypatch.setitem(sys.modules, "own_extractor", own)
     found = load_extractor("own_extractor:means", None, CPU)
     features, probabilities = found.describe(torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1))
-    assert (found.identity, probabilities) == ("own_extractor:means", None)
+    assert probabilities is None
+    assert re.fullmatch("own_extractor:means@[0-9a-f]{12}", found.identity)
+    assert load_extractor("own_extractor:means", None, CPU).identity == found.identity
+    Path(own.__file__).write_text("VERSION = 2")
+    assert load_extractor("own_extractor:means", None, CPU).identity != found.identity, "it is another one"
     assert features.tolist() == [[-1], [1]]
     for name, message in (
         ("own_extractor:missing", "has no attribute 'missing'; expected MODULE:FUNCTION"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,7 +58,7 @@ def runs(made: Path, images: Path, tmp_path: Path) -> list[RunFolder]:
 
 def measured(runs: list[RunFolder], **options: Any) -> list[dict[str, Any]]:
     """Rows of ``measured.json``."""
-    place = runs[0].path.parent / "fidelity"
+    place = runs[0].path.parent / "fidelity" / "job"
     request = dataclasses.replace(REQUEST, **options)
     write_json(place / "launch.json", to_dict(FidelityJob(request, tuple(str(run.path) for run in runs))))
     job.main([str(place / "launch.json")])
@@ -90,7 +91,7 @@ def test_every_run_gets_a_line_with_its_costs_and_the_settings(runs: list[RunFol
         assert 0 <= line["recall"] <= 1
         assert (line["images"], line["reference_images"], line["manifold_images"]) == (20, 30, 20)
         assert (line["guidance"], line["top_k"], line["top_p"], line["seed"]) == (2, 0, 0.9, 5)
-        assert line["extractor"] == study.EXTRACTOR
+        assert re.fullmatch(re.escape(study.EXTRACTOR) + "@[0-9a-f]{12}", line["extractor"])
         assert line["reference"].startswith("train-")
     assert rows[0]["fid"] != rows[1]["fid"]
 
@@ -144,7 +145,7 @@ def test_a_job_that_was_stopped_goes_on_with_the_next_run(runs: list[RunFolder])
     lost.rename(tokenizer.parent / "elsewhere")
     with pytest.raises(ConfigError, match=f"{runs[1].name}: its tokenizer is not at"):
         measured(runs)
-    status = RunFolder(runs[0].path.parent / "fidelity").status()
+    status = RunFolder(runs[0].path.parent / "fidelity" / "job").status()
     assert (status["state"], status["exit_code"]) == ("failed", 2)
     assert [len(run.metrics("fidelity")) for run in runs] == [1, 0]
     AcceleratorState._reset_state(reset_partial_state=True)

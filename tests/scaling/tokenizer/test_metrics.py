@@ -7,8 +7,9 @@ import pytest
 import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
+from scaling.pictures import TILE
 from scaling.tokenizer.metrics import psnr, ssim
-from scaling.tokenizer.pictures import TILE, reconstruction_sheet
+from scaling.tokenizer.pictures import reconstruction_sheet
 
 
 def pair(side: int, noise: float) -> tuple[torch.Tensor, torch.Tensor]:
