@@ -218,9 +218,11 @@ class Scheduler:
             else:
                 self._start(state, free[0])
         except OSError as error:  # a launcher that cannot write here goes on with the other jobs
-            state.reason = DISK_FULL if error.errno in FULL else f"could not be started: {error}"
-            state.code = REFUSED
-            self._end(state, "failed")
+            full = error.errno in FULL
+            state.reason = DISK_FULL if full else f"could not be started: {error}"
+            state.code = REFUSED if full else 1
+            if not self._again(state, None, status):
+                self._end(state, "failed")
         return False
 
     def _longest_left(self) -> float:
@@ -303,16 +305,11 @@ class Scheduler:
         """Mark it failed, or to be tried again."""
         cause = str(status["cause"]) if recorded == "failed" and "cause" in status else None
         state.reason = self._why(state, recorded)
-        if cause is None and shutil.disk_usage(state.job.folder.path).free < FULL_BYTES:
+        if cause is None and _full(state.job.folder.path):
             cause, state.reason, state.code = "disk", DISK_FULL, REFUSED
         if cause is None:
             cause = "hung" if state.hung else "killed" if state.code and state.code < 0 else None
-        pause = state.tries.pause(cause, state.code == REFUSED, status, self.patience)
-        if pause is not None and not self._stopping:
-            state.not_before = time.monotonic() + pause
-            state.phase = "waiting"
-            if cause != "diverged":  # which the next attempt is to find in its status
-                self._record(state, "waiting", error=f"{state.reason}; to be tried again")
+        if self._again(state, cause, status):
             return
         if state.tries.count > 1:
             state.reason += f" ({state.tries.count} times, no further each time)"
@@ -320,6 +317,16 @@ class Scheduler:
             more = {} if cause is None else {"cause": cause}
             self._record(state, "failed", error=state.reason, exit_code=state.code, **more)
         self._end(state, "failed")
+
+    def _again(self, state: JobState, cause: str | None, status: dict[str, Any]) -> bool:
+        """Let it wait for another try after a failure; False when there is to be none."""
+        pause = state.tries.pause(cause, state.code == REFUSED, status, self.patience)
+        if pause is None or self._stopping:
+            return False
+        state.not_before, state.phase = time.monotonic() + pause, "waiting"
+        if cause != "diverged":  # which the next attempt is to find in its status
+            self._record(state, "waiting", error=f"{state.reason}; to be tried again")
+        return True
 
     @staticmethod
     def _record(state: JobState, name: str, **more: Any) -> None:
@@ -392,6 +399,13 @@ def _left(job: Job) -> float:
     status = job.folder.status()
     total = status.get("total_steps")
     return job.weight * (1 - status.get("step", 0) / total) if total else job.weight
+
+
+def _full(folder: Path) -> bool:
+    try:
+        return shutil.disk_usage(folder).free < FULL_BYTES
+    except OSError:  # the folder was moved away
+        return False
 
 
 def claim(file: Path) -> IO[str] | None:

@@ -200,6 +200,21 @@ def test_a_job_that_cannot_be_started_for_lack_of_space_fails_alone(
     assert result.exit_code == 2
 
 
+def test_a_file_system_that_fails_for_a_moment_costs_a_try(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, failures = scheduler.write_json, [errno.ESTALE, errno.EIO]
+
+    def stale(path: Path, value: Any) -> None:
+        if failures:
+            raise OSError(failures.pop(), "for a moment", str(path))
+        real(path, value)
+
+    monkeypatch.setattr(scheduler, "write_json", stale)
+    result = launched(fake_job(tmp_path, "a"))
+    assert (phases(result), starts(tmp_path, "a"), result.states[0].tries.count) == ({"a": "done"}, 1, 2)
+
+
 def test_a_job_that_could_not_even_say_that_the_disk_is_full_is_not_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
