@@ -48,8 +48,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
-from scaling.config import ConfigError, DataConfig, from_dict
-from scaling.launch import Tracker, WandbMode
+from scaling.config import ConfigError, DataConfig, Tracker, WandbMode, from_dict
 from scaling.process import one_line
 from scaling.records import RecordsError
 from scaling.requests import (
@@ -64,11 +63,19 @@ from scaling.requests import (
     same_images,
 )
 from scaling.schema import here, require
-from sweeps.costs import Pricing
+from sweeps.command_options import (
+    CostOptions,
+    DashboardOptions,
+    Options,
+    ReportOptions,
+    RunOptions,
+    StatusOptions,
+    SweepOptions,
+    SyncOptions,
+)
 from sweeps.forecasts import Forecasts, Point
 from sweeps.options import Option, flag_of, help_text, options_of, parse
 from sweeps.recipe import Recipe, load_recipe
-from sweeps.slurm_options import SlurmOptions
 
 SCRIPT = "python run_sweep.py"
 REFUSED = 2
@@ -77,94 +84,6 @@ USER_ERRORS = (
     *(errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
 )
 """System errors that a person causes and removes; any other is a fault of ours and shows its traceback."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """Options of ``tokenize`` and of every command."""
-
-    root: str = "runs"
-    """The folder of all sweeps, tokenizers and token caches."""
-
-
-@dataclass(frozen=True)
-class PlanOptions(Options, Pricing):
-    """Options of ``plan`` on any machine."""
-
-    json: bool = False
-    """Print JSON instead of a table."""
-    calibrate: bool = False
-    """First time the device at hand by about a minute of short real training."""
-
-
-@dataclass(frozen=True)
-class CostOptions(SlurmOptions, PlanOptions):
-    """Options of ``plan``."""
-
-
-@dataclass(frozen=True)
-class ShowOptions(Options):
-    """Options of every command that writes the report."""
-
-    open: bool = False
-    """Open the report in a browser."""
-
-
-@dataclass(frozen=True)
-class RunOptions(SlurmOptions, ShowOptions):
-    """Options of ``run``."""
-
-    wait: bool = False
-    """Slurm: stay until all jobs have ended, then write the report; else return once they are queued."""
-
-
-@dataclass(frozen=True)
-class SweepOptions(Options):
-    """Options of every command that reads a sweep as it is, without planning it."""
-
-    name: str | None = None
-    """The sweep's folder under the root; by default the recipe's name."""
-
-
-@dataclass(frozen=True)
-class StatusOptions(SweepOptions):
-    """Options of ``status``."""
-
-    json: bool = False
-    """Print JSON instead of a table."""
-    watch: bool = False
-    """Show it anew every few seconds, until nothing is left to wait for; Ctrl-C leaves."""
-
-
-@dataclass(frozen=True)
-class ReportOptions(SweepOptions, ShowOptions):
-    """Options of ``report``."""
-
-
-@dataclass(frozen=True)
-class CopyOptions(SweepOptions):
-    """Options of every command that copies a sweep's records to trackers."""
-
-    project: str | None = None
-    """The project there; by default the sweep's own launch.tracker_project."""
-
-
-@dataclass(frozen=True)
-class SyncOptions(CopyOptions):
-    """Options of ``sync``."""
-
-    to: tuple[Tracker, ...] = ()
-    """Which; by default the sweep's own launch.trackers."""
-    wandb_mode: WandbMode | None = None
-    """By default the sweep's own launch.wandb_mode; auto is online with a key, else offline files."""
-
-
-@dataclass(frozen=True)
-class DashboardOptions(CopyOptions):
-    """Options of ``dashboard``."""
-
-    local: bool = False
-    """Serve trackio's page on this machine until Ctrl-C, not wandb's workspace."""
 
 
 def plan(recipe: Recipe, options: CostOptions) -> int:

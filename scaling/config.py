@@ -17,7 +17,7 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from scaling.launch import Device, LaunchConfig, SamplingConfig
+from scaling.launch import Device, LaunchConfig, SamplingConfig, Tracker, WandbMode
 from scaling.schema import ConfigError, content_hash, from_dict, identity, require, to_dict
 from scaling.tokenizer.config import (
     PAPER_SCALES,
@@ -43,7 +43,9 @@ __all__ = [
     "TokenizerConfig",
     "TokenizerRunConfig",
     "TokenizerTrainConfig",
+    "Tracker",
     "TrainConfig",
+    "WandbMode",
     "check_tokens",
     "content_hash",
     "from_dict",
