@@ -39,8 +39,10 @@ $(VENV)/.product: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) --editable .
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.product
+$(VENV)/.dev: .ci/trackio.txt $(VENV)/.product
 	$(PIP) --editable '.[dev]'
+	$(PIP) --requirement .ci/trackio.txt
+	$(PIP) --no-deps trackio
 	@touch $@
 
 clean:

@@ -8,9 +8,12 @@ COMMAND is one of
     tokenize   train the tokenizers and cache the tokens
     run        do everything that is missing, then write the report
     status     print where every job stands
+    cancel     end what was handed to Slurm ('run --executor slurm')
     report     write the report of what is there
     stages     draw the same seeds across depths and stages of training
     classifier train a classifier of the images, for 'fidelity' without published weights
+    sync       copy a sweep's records to wandb, trackio or tensorboard
+    dashboard  show a sweep in wandb's workspace, or in trackio's page on this machine
 and six more need no recipe:
     python run_sweep.py sample WHERE [--key value ...]    pictures of a run or a published checkpoint
     python run_sweep.py fidelity WHERE [--key value ...]  FID and other image metrics of a sweep's runs
@@ -19,7 +22,8 @@ and six more need no recipe:
     python run_sweep.py edit WHERE IMAGE [--key value ...]  in-painting and other tasks without training
     python run_sweep.py fit TABLE [--key value ...]      fit a scaling law to any table of runs
 
-RECIPE is a file or the name of a shipped recipe: quickstart, cifar10, cifar10-cpu, families-cpu, imagenet256.
+RECIPE is a file or the name of a shipped recipe: quickstart, cifar10, cifar10-cpu, families-cpu, imagenet256,
+wsd-cpu.
 plan, tokenize, run and classifier take any value of the recipe: --train.lr 3e-4 --depths 2 4 6 --data.path X.
 'python run_sweep.py COMMAND --help' lists a command's own options,
 'python run_sweep.py plan RECIPE --help' the values of the recipe too.
@@ -37,13 +41,14 @@ import errno
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
-from scaling.config import ConfigError, DataConfig, from_dict
+from scaling.config import ConfigError, DataConfig, Tracker, WandbMode, from_dict
 from scaling.process import one_line
 from scaling.records import RecordsError
 from scaling.requests import (
@@ -57,7 +62,18 @@ from scaling.requests import (
     StagesRequest,
     same_images,
 )
-from scaling.schema import here
+from scaling.schema import here, require
+from sweeps.command_options import (
+    CostOptions,
+    DashboardOptions,
+    Options,
+    ReportOptions,
+    RunOptions,
+    StatusOptions,
+    SweepOptions,
+    SyncOptions,
+)
+from sweeps.forecasts import Forecasts, Point
 from sweeps.options import Option, flag_of, help_text, options_of, parse
 from sweeps.recipe import Recipe, load_recipe
 
@@ -70,54 +86,29 @@ USER_ERRORS = (
 """System errors that a person causes and removes; any other is a fault of ours and shows its traceback."""
 
 
-@dataclass(frozen=True)
-class Options:
-    """Options of ``tokenize`` and of every command."""
-
-    root: str = "runs"
-    """The folder of all sweeps, tokenizers and token caches."""
-
-
-@dataclass(frozen=True)
-class PlanOptions(Options):
-    """Options of ``plan``."""
-
-    json: bool = False
-    """Print JSON instead of a table."""
-
-
-@dataclass(frozen=True)
-class RunOptions(Options):
-    """Options of ``run``."""
-
-    open: bool = False
-    """Open the report in a browser."""
-
-
-@dataclass(frozen=True)
-class SweepOptions(Options):
-    """Options of every command that reads a sweep as it is, without planning it."""
-
-    name: str | None = None
-    """The sweep's folder under the root; by default the recipe's name."""
-
-
-@dataclass(frozen=True)
-class StatusOptions(SweepOptions, PlanOptions):
-    """Options of ``status``."""
-
-
-@dataclass(frozen=True)
-class ReportOptions(SweepOptions, RunOptions):
-    """Options of ``report``."""
-
-
-def plan(recipe: Recipe, options: PlanOptions) -> int:
+def plan(recipe: Recipe, options: CostOptions) -> int:
     """print what the sweep costs; runs nothing"""
     from sweeps import commands
 
-    made = commands.plan(recipe, Path(options.root), _resolve)
-    return commands.show_plan(made, options.json, _check_data)
+    options.check()
+    stated = options.stated()
+    if options.executor == "slurm":
+        from sweeps import slurm_commands
+
+        require(
+            stated is None and not options.calibrate,
+            "--calibrate, --device and --mfu are not for --executor slurm, which plans by runs done there",
+        )
+        made = slurm_commands.plan(recipe, Path(options.root), _resolve, options)
+        return slurm_commands.show_plan(made, options.json, _check_data, options)
+    if options.calibrate:
+        require(stated is None, "--calibrate times the device at hand; leave out --device and --mfu")
+        made = commands.plan(recipe, Path(options.root), _resolve)
+        code = commands.calibrate(made, _check_data, options.json)
+        if code != 0:
+            return code
+    made = commands.plan(recipe, Path(options.root), _resolve, stated)
+    return commands.show_plan(made, options.json, _check_data, options, _forecasts)
 
 
 def tokenize(recipe: Recipe, options: Options) -> int:
@@ -132,12 +123,26 @@ def tokenize(recipe: Recipe, options: Options) -> int:
 
 def run(recipe: Recipe, options: RunOptions) -> int:
     """do everything that is missing, then write the report"""
+    from scaling.trackers.targets import check_launch
     from sweeps import commands
 
-    made = commands.plan(recipe, Path(options.root), _resolve)
-    if recipe.launch.machine_rank > 0:
-        return commands.follow(made)
-    result = commands.launch(made, made.jobs, _check_data)
+    options.check()
+    check_launch(recipe.launch)
+    if options.executor == "slurm":
+        from sweeps import slurm_commands
+
+        made = slurm_commands.plan(recipe, Path(options.root), _resolve, options)
+        result = slurm_commands.submit(made, _check_data, options, options.wait)
+        if result.missing and not options.wait:
+            return 0
+    elif options.wait:
+        raise ConfigError("--wait is for --executor slurm only")
+    else:
+        made = commands.plan(recipe, Path(options.root), _resolve)
+        if recipe.launch.machine_rank > 0:
+            return commands.follow(made)
+        result = commands.launch(made, made.jobs, _check_data)
+    _tell_trackers(made.folders.sweep)
     if not result.interrupted and commands.runs_done(result):
         _report(made.folders.sweep, options.open)
     return result.exit_code
@@ -147,12 +152,54 @@ def status(recipe: Recipe, options: StatusOptions) -> int:
     """print where every job stands"""
     from sweeps.commands import show_status
 
-    return show_status(_sweep(recipe, options), options.json)
+    return show_status(_sweep(recipe, options), options.json, options.watch, _forecasts)
+
+
+def cancel(recipe: Recipe, options: SweepOptions) -> int:
+    """end what Slurm has of a sweep; what is running checkpoints first"""
+    from sweeps import slurm_commands
+
+    return slurm_commands.cancel(_sweep(recipe, options))
 
 
 def report(recipe: Recipe, options: ReportOptions) -> int:
     """write the report of what is there"""
     _report(_sweep(recipe, options), options.open)
+    return 0
+
+
+def sync(where: str, options: SyncOptions) -> int:
+    """copy a sweep's records, report and pictures to trackers: what changed since the last time"""
+    from scaling.trackers.sync import settings_of
+
+    sweep = _sweep_at(where, options)
+    launch = settings_of(sweep)
+    if not (trackers := options.to or launch.trackers):
+        raise ConfigError("sync needs --to wandb, trackio or tensorboard: the sweep names no trackers itself")
+    project = options.project or launch.tracker_project
+    _copy(sweep, trackers, project, options.wandb_mode or launch.wandb_mode)
+    if not (sweep / "report").exists():
+        print("no report yet: 'report' makes one, then 'sync' takes its figures and laws along")
+    return 0
+
+
+def dashboard(where: str, options: DashboardOptions) -> int:
+    """show a sweep in wandb's workspace (loss, error, frontier over FLOPs; throughput) or trackio's page"""
+    from scaling.trackers import dashboard as page
+    from scaling.trackers.sync import settings_of
+
+    sweep = _sweep_at(where, options)
+    project = options.project or settings_of(sweep).tracker_project
+    if options.local:
+        _copy(sweep, ["trackio"], project, "offline")
+        with page.local_page(sweep, project) as address:
+            print(f"{address}\nCtrl-C ends it", flush=True)
+            _open(address)
+            threading.Event().wait()
+    else:
+        page.check_workspace()
+        frontiers = _copy(sweep, ["wandb"], project, "online")
+        print(page.make_workspace(sweep, project, frontiers))
     return 0
 
 
@@ -291,11 +338,14 @@ class Command:
 
 
 COMMANDS = {
-    "plan": Command(plan, lambda: PlanOptions, "recipe"),
+    "plan": Command(plan, lambda: CostOptions, "recipe"),
     "tokenize": Command(tokenize, lambda: Options, "recipe"),
     "run": Command(run, lambda: RunOptions, "recipe"),
     "status": Command(status, lambda: StatusOptions, "sweep"),
+    "cancel": Command(cancel, lambda: SweepOptions, "sweep"),
     "report": Command(report, lambda: ReportOptions, "sweep"),
+    "sync": Command(sync, lambda: SyncOptions, "runs"),
+    "dashboard": Command(dashboard, lambda: DashboardOptions, "runs"),
     "sample": Command(sample, lambda: SampleRequest, "model"),
     "stages": Command(stages, lambda: StagesRequest, "model"),
     "classifier": Command(classifier, lambda: ClassifierRequest, "recipe"),
@@ -351,7 +401,9 @@ def dispatch(arguments: list[str]) -> int:
             "model": "a model: a run's folder, a recipe or sweep with --depth, or a checkpoint",
             "runs": "a recipe, a sweep's folder or a run's",
         }
-        recipes = "a recipe: a file, or quickstart, cifar10, cifar10-cpu, families-cpu or imagenet256"
+        recipes = (
+            "a recipe: a file, or quickstart, cifar10, cifar10-cpu, families-cpu, imagenet256 or wsd-cpu"
+        )
         raise ConfigError(f"'{name}' needs {wanted.get(command.takes, recipes)}")
     words = rest[: 1 + len(command.further)]
     for word, given in zip_longest(command.further, words[1:]):
@@ -389,7 +441,7 @@ def _help(name: str, command: Command, first: str | None) -> str:
         text += (
             f"\n\nValues of the recipe\n{help_text(options_of(Recipe), load_recipe(first))}"
             "\n\nby_family and by_depth (values of single families and depths) are set in the recipe; "
-            "an option wins for all of them."
+            "an option wins for all of them. So are grid, zip and lr_rule (docs/designs.md)."
         )
     return text
 
@@ -421,6 +473,40 @@ def _sweep(recipe: Recipe, options: SweepOptions) -> Path:
     return Path(options.root) / (recipe.name if options.name is None else options.name)
 
 
+def _sweep_at(where: str, options: SweepOptions) -> Path:
+    from sweeps.where import sweep_at
+
+    sweep = sweep_at(where, options.root, options.name)
+    if sweep is None:
+        raise ConfigError(f"{where}: neither a sweep's folder nor a recipe")
+    return sweep
+
+
+def _copy(sweep: Path, trackers: Sequence[Tracker], project: str, mode: WandbMode) -> list[str]:
+    """Copy the sweep to each tracker and tell it; the names of its frontiers."""
+    from analysis.sweep_frontiers import sweep_frontiers
+    from scaling.trackers.sync import sync as sync_to
+    from scaling.trackers.targets import check
+
+    check(trackers, mode)
+    frontiers = sweep_frontiers(sweep)
+    for tracker in trackers:
+        done = sync_to(sweep, tracker, project, mode, frontiers, lambda name: print(f"  {name}"))
+        print(done.words(tracker))
+    return list(frontiers)
+
+
+def _tell_trackers(sweep: Path) -> None:
+    """What went wrong with the copies made beside the runs, one line a tracker."""
+    from scaling.trackers.ledger import notes
+
+    for tracker, (runs, reason) in notes(sweep).items():
+        print(
+            f"note: {tracker} lacks {runs} run{'s' if runs > 1 else ''} ({reason}); the records are whole, "
+            f"'{SCRIPT} sync {sweep} --to {tracker}' copies them"
+        )
+
+
 def _resolve(data: DataConfig) -> DataConfig:
     from scaling.data.sources import resolve
 
@@ -433,18 +519,28 @@ def _check_data(data: DataConfig) -> str:
     return open_source(data).fingerprint()
 
 
+def _forecasts(sweep: Path, points: Mapping[str, Point]) -> Forecasts:
+    """What the finished runs of a sweep say of the others."""
+    from analysis.expectation import Place, expect
+
+    return expect(sweep, {run: Place(*point) for run, point in points.items()})
+
+
 def _report(sweep: Path, show: bool) -> None:
     from analysis.report import make_report
 
     page = make_report(sweep)
     print(f"report: {page}")
-    # Without a display a text browser would take over the terminal.
-    if show and (
-        sys.platform in ("darwin", "win32") or "DISPLAY" in os.environ or "WAYLAND_DISPLAY" in os.environ
-    ):
+    if show:
+        _open(page.resolve().as_uri())
+
+
+def _open(address: str) -> None:
+    """In a browser; without a display a text browser would take over the terminal."""
+    if sys.platform in ("darwin", "win32") or "DISPLAY" in os.environ or "WAYLAND_DISPLAY" in os.environ:
         import webbrowser
 
-        webbrowser.open(page.resolve().as_uri())
+        webbrowser.open(address)
 
 
 if __name__ == "__main__":

@@ -123,7 +123,8 @@ class Comparison:
         around = (places[:, None] * np.exp(np.concatenate([-fine, fine]))).ravel()
         grid = np.unique(np.clip(np.concatenate([self._grid, places, around]), *self.searched))
         ratio = self.ratio(grid)
-        u, low, high = np.log(ratio.x), np.log(ratio.low), np.log(ratio.high)
+        with np.errstate(divide="ignore"):  # an open bound is 0, whose log is −∞
+            u, low, high = np.log(ratio.x), np.log(ratio.low), np.log(ratio.high)
         inside = ((low <= 0) & (high >= 0)) | np.isin(grid, places)
         edges = np.flatnonzero(np.diff(inside.astype(int)))
         ends: list[float] = [float(u[0])] if inside[0] else []

@@ -221,9 +221,10 @@ class ProfileInterval:
         X = np.stack([np.ones_like(z), z], 1)
         line = theta @ X.T
         spread = np.einsum("zp,spq,zq->sz", X, inverse, X)
-        share = np.exp(line)
-        share = share / (offset[:, None] + share)
-        log_L = np.log(offset[:, None] + np.exp(line))
+        with np.errstate(divide="ignore"):  # no offset: its log is −∞
+            log_offset = np.log(offset)[:, None]
+        log_L = np.logaddexp(log_offset, line)
+        share = np.exp(line - log_L)
         # On the log of L a step of the line counts by the reducible share; a new run adds its own noise.
         half = np.sqrt(q[:, None] * spread)
         with np.errstate(over="ignore"):  # far beyond the data a bound may be infinite

@@ -33,7 +33,7 @@ QUANTITIES = ("loss_last", "loss_avg", "error_last", "error_avg")
 FACTS = ("run", "family", "depth", "width", "seed", "schedule", "batch", "state", "imported", "final")
 """What the run is; ``schedule`` and ``batch`` are missing values where the config has none. ``imported``
 marks a published checkpoint that was evaluated, not trained, here."""
-COLUMNS = (*FACTS, *NUMBERS, *LISTS)
+COLUMNS = (*FACTS, *NUMBERS, *LISTS, "flops_spent")
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,9 @@ class Records:
 def load_runs(sweep_folder: str | Path) -> pd.DataFrame:
     """One row per evaluation of every run of a sweep, in the sweep's order and by step.
 
-    Columns: ``COLUMNS``; loss in nats per token, error 0 to 1, FLOPs exact and 6ND. ``final``
-    marks the last evaluation of a run whose state is ``done``. A loss, error rate or standard error
+    Columns: ``COLUMNS``; loss in nats per token, error 0 to 1, FLOPs exact and 6ND. ``flops_spent`` counts
+    the steps that the run did itself, fewer than ``flops`` does where a longer run did the first ones for it.
+    ``final`` marks the last evaluation of a run whose state is ``done``. A loss, error rate or standard error
     that was recorded as null (a diverged run; one image has no standard error) is NaN. ``attrs["notes"]``
     says in words what is unfinished, missing or not finite. A sweep of several families is one table;
     ``family`` tells them apart, and their lists per scale differ in length.
@@ -137,7 +138,7 @@ def _load_run(folder: RunFolder) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         "width": int(model["width"]), "seed": int(config["seed"]), "schedule": train.get("schedule"),
         "batch": train.get("batch"), "state": status["state"], "imported": bool(status.get("imported")),
     }  # fmt: skip
-    file = folder.path / "metrics.jsonl"
+    file, shared = folder.path / "metrics.jsonl", folder.shared()["flops"]
     rows = []
     for record in folder.metrics("eval"):
         missing = [key for key in (*NUMBERS, *LISTS) if key not in record]
@@ -153,7 +154,8 @@ def _load_run(folder: RunFolder) -> tuple[dict[str, Any], list[dict[str, Any]]]:
                 f"{file}: the evaluation at step {record['step']} has "
                 f"{wrong[0]} = {values[wrong[0]]!r}; expected a number"
             )
-        rows.append(facts | {"final": False} | values)
+        spent = max(0, values["flops"] - shared)
+        rows.append(facts | {"final": False} | values | {"flops_spent": spent})
     rows.sort(key=lambda row: row["step"])
     notes = []
     if imported := status.get("imported"):
@@ -165,7 +167,10 @@ def _load_run(folder: RunFolder) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         step, total = status.get("step"), status.get("total_steps")
         at = f" at step {step}" + (f" of {total}" if total is not None else "") if step is not None else ""
         why = f": {status['error']}" if status.get("error") else ""
-        notes.append(f"{folder.name} is {facts['state']}{at}{why}; it takes part in no law of final losses")
+        diverged = status.get("cause") == "diverged"
+        became = "diverged" if diverged else f"is {facts['state']}"
+        fate = "is never fitted" if diverged else "takes part in no law of final losses"
+        notes.append(f"{folder.name} {became}{at}{why}; it {fate}")
     elif not rows:
         notes.append(f"{folder.name} is done but recorded no evaluation")
     else:

@@ -128,6 +128,10 @@ def _part(study: Study, several: bool, notes: list[str]) -> dict[str, Any]:
         "forecasts": report_tables.forecast_rows(study),
         "outlook": report_tables.outlook_rows(study.outlook),
         "conventions": report_tables.convention_rows(study),
+        "grids": report_tables.grid_rows(study),
+        "budgets": any(grid.isoflop or grid.isoflop_problem for grid in study.grids),
+        "settings": report_tables.setting_rows(study),
+        "rates": report_tables.rate_sentences(study),
         "samples": report_pictures.samples(study, notes),
     }
 

@@ -11,6 +11,7 @@ from analysis.families import Families
 from analysis.family_pairs import Pair
 from analysis.fidelity import DRAWS, SAMPLING, Protocol, drawing
 from analysis.outlook import Outlook
+from analysis.settings import in_words, setting_of
 from analysis.study import Law, Study
 
 ROUNDING = 1e-9
@@ -28,6 +29,9 @@ def run_rows(study: Study) -> list[dict[str, Any]]:
             "depth": run["depth"],
             "seed": "imported" if run["imported"] else run["seed"],
             "state": run["state"],
+            "setting": ""
+            if study.settings is None
+            else in_words(setting_of(run["config"], study.settings.names)),
         }
         last = part.iloc[-1] if len(part) else None
         for key in ("params", "tokens", "flops", "flops_6nd"):
@@ -89,6 +93,61 @@ def outlook_rows(outlook: tuple[Outlook, ...]) -> list[dict[str, str]]:
             f"{o.value:.4f} [{o.low:.5g}, {o.high:.5g}]"
         )
     return list(rows.values())
+
+
+def grid_rows(study: Study) -> list[dict[str, str]]:
+    """A row per quantity: the surface over N and D, or why there is none; minima at budgets."""
+    rows = []
+    for grid in study.grids:
+        law = grid.surface
+        cells = {"quantity": plots.QUANTITIES[grid.quantity][0], "status": grid.problem, "points": "–"}
+        cells |= dict.fromkeys(("E", "alpha", "beta", "a", "equation"), "–")
+        if law is not None:
+            cells |= {"status": law.status, "points": f"{len(law.loss)} ({law.groups})"}
+        if law is not None and law.converged:
+            cells["equation"] = law.equation
+            found = {name: (value, low, high) for name, value, low, high in law.rows()}
+            for name in ("E", "alpha", "beta", "a"):
+                value, low, high = found[name]
+                cells[name] = _with_interval(value, None if math.isnan(low) else (low, high))
+        minima = grid.isoflop
+        cells["isoflop"] = grid.isoflop_problem if minima is None else minima.status
+        if minima is not None and minima.laws:
+            exponents = ", ".join(f"{name} {value:.4g}" for name, value, _, _ in minima.rows())
+            cells["isoflop"] = f"{exponents}; {minima.status}"
+        rows.append(cells)
+    return rows
+
+
+def setting_rows(study: Study) -> list[dict[str, str]]:
+    """A row per depth and length: its best setting."""
+    if study.settings is None:
+        return []
+    return [
+        {
+            "depth": f"d{b.depth}", "tokens": plots.number(float(f"{b.tokens:.4g}")), "setting": b.setting,
+            "loss": f"{b.loss:.4f}", "second": "–" if math.isnan(b.second) else f"{b.second:.4f}",
+            "tried": str(b.tried),
+        }
+        for b in study.settings.best
+    ]  # fmt: skip
+
+
+def rate_sentences(study: Study) -> list[str]:
+    """The best learning rate of every depth, and how it falls with the width."""
+    found = study.settings
+    if found is None or not found.rates:
+        return []
+    said = [
+        f"Depth {r.depth} (width {r.width}): best learning rate {r.lr:.3g}"
+        if r.lr is not None
+        else f"Depth {r.depth}: the best of {', '.join(f'{v:g}' for v in r.tried)} is at the edge of what "
+        "was tried, or fewer than three were; try more"
+        for r in found.rates
+    ]
+    if found.power is None:
+        return [*said, "How the rate falls with the width needs the best one of two depths"]
+    return [*said, f"lr ∝ width^−{found.power:.3g}: a recipe's lr_rule has this as its power"]
 
 
 def convention_rows(study: Study) -> list[dict[str, str]]:

@@ -3,7 +3,8 @@
 The report only words and draws what is here. A sweep of several families has a study of each
 (``make_studies``); ``analysis.families`` compares them.
 
-- Laws over N use the last evaluation of every finished run. Where a depth has several seeds,
+- Laws over N use the last evaluation of every finished run; of several lengths or settings, of one length
+  (``analysis.grids``) and of the best settings (``analysis.settings``). Where a depth has several seeds,
   depths are the independent units (``analysis.seeds``).
 - Laws over C use the Pareto frontier (and, beside it, the log-log lower hull) of all
   evaluations of runs that did not fail; runs are the groups. See ``FRONTIER_CAUTION``.
@@ -12,7 +13,8 @@ The report only words and draws what is here. A sweep of several families has a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,10 +27,13 @@ from analysis.errors import DataError
 from analysis.files import plain
 from analysis.forecast import Forecast, backtest
 from analysis.frontier import Frontier, pareto_frontier
+from analysis.grids import QUANTITIES as GRIDDED
+from analysis.grids import Grid, comparable, fit_grid, has_lengths, of_one_length
 from analysis.outlook import Outlook, look_ahead
 from analysis.powerlaw import PowerLaw, fit_power_law
 from analysis.records import QUANTITIES, Records, read_records
 from analysis.seeds import fit_seeds, places_of
+from analysis.settings import Settings, of_best_settings, varied
 from analysis.tidy import repeated_data
 from scaling.records import ListedRun, RecordsError, RunFolder
 
@@ -43,6 +48,10 @@ FRONTIER_CAUTION = (
     "laws over C take the frontier as given: it is not found anew for every resample, most of its points "
     "lie in the middle of a learning-rate schedule, and their intervals mostly say how far the frontier is "
     "from a line"
+)
+ANNEALED_CAUTION = (
+    "the frontiers take only the ends of runs with the schedule wsd: before its decay a run's loss stands "
+    "above what the same steps give once the learning rate has come down"
 )
 CONVENTIONS_OF = "loss_last"
 """The quantity whose exponents are told under other conventions."""
@@ -113,6 +122,10 @@ class Study:
     """The last scale's exponents again under other counts of N and C (``conventions_table``), and the
     axis, ``x``: params over final losses, flops along the Pareto frontier."""
     notes: tuple[str, ...]
+    ladder: pd.DataFrame
+    """``frame`` without the ends of runs that laws over N leave out."""
+    settings: Settings | None
+    """Which of the settings that the recipe varies are the best; None where it varies none."""
 
     @property
     def name(self) -> str:
@@ -125,8 +138,9 @@ class Study:
         return _finished(self.frame)
 
     def final(self, quantity: str) -> pd.DataFrame:
-        """Those of them whose ``quantity`` a law can be fitted to."""
-        return self.finished[usable(self.finished, quantity)]
+        """Those of them that the law of ``quantity`` over N is fitted to."""
+        final = _finished(self.ladder)
+        return final[usable(final, quantity)]
 
     def law(self, quantity: str, x: str = "params", points: Points = "final", offset: bool = False) -> Law:
         """The law asked for."""
@@ -137,7 +151,16 @@ class Study:
     @cached_property
     def outlook(self) -> tuple[Outlook, ...]:
         """Forecasts of depths that were not trained (``analysis.outlook``)."""
-        return look_ahead(self.finished, self.law, self.flops, LEVEL)
+        return look_ahead(_finished(self.ladder), self.law, self.flops, LEVEL)
+
+    @cached_property
+    def grids(self) -> tuple[Grid, ...]:
+        """The losses over N and D; none where no depth has several training lengths."""
+        if not has_lengths(self.finished):
+            return ()
+        best, _ = of_best_settings(self.finished, *_settings_of(self.sweep, self.runs))
+        budgets = bool(_recipe(self.sweep).get("budgets"))
+        return tuple(fit_grid(best[usable(best, q)], q, self.flops, budgets) for q in GRIDDED)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, with null where a number is not finite: the family's part of ``fits.json``."""
@@ -157,6 +180,8 @@ class Study:
                 "forecasts": forecasts,
                 "conventions": list(self.conventions),
                 "outlook": [o.to_json() for o in self.outlook],
+                "grids": [grid.to_json() for grid in self.grids],
+                "settings": dataclasses.asdict(self.settings) if self.settings else None,
                 "notes": list(self.notes),
             }
         )
@@ -235,12 +260,16 @@ def study_of(records: Records, flops: Literal["flops", "flops_6nd"]) -> Study:
         raise RecordsError(f"{folder}: no evaluation of {', '.join(records.families)} recorded yet")
     laws: list[Law] = []
     frontiers: dict[tuple[str, str], Frontier] = {}
+    finished = _finished(frame)
+    best, settings = of_best_settings(finished, *_settings_of(records.sweep, records.runs))
+    chosen, one_length = of_one_length(best)
+    ladder = frame[~frame["final"] | frame.index.isin(chosen.index)]
     for quantity in QUANTITIES:
-        final = _finished(frame[usable(frame, quantity)])
+        final = _finished(ladder[usable(ladder, quantity)])
         for offset in (False, True):
             law, problem = _fit_final(final, quantity, offset)
             laws.append(Law(quantity, "params", "final", offset, law, problem))
-        good = frame[usable(frame, quantity) & (frame["state"] != "failed")]
+        good = frame[usable(frame, quantity) & (frame["state"] != "failed") & comparable(frame)]
         for kind in ("pareto", "hull"):
             frontier = pareto_frontier(good[flops], good[quantity], kind)
             frontiers[quantity, kind] = frontier
@@ -248,19 +277,63 @@ def study_of(records: Records, flops: Literal["flops", "flops_6nd"]) -> Study:
             for offset in (False, True) if kind == "pareto" else (False,):
                 law, problem = _try_fit(frontier.x, frontier.y, offset, groups)
                 laws.append(Law(quantity, flops, kind, offset, law, problem))
-    forecasts, problems = _forecasts(frame)
-    conventions, lacking = _conventions(folder, frame)
-    notes = (*frame.attrs["notes"], *_unreadable(records), *_cautions(frame), *lacking)
+    forecasts, problems = _forecasts(ladder)
+    conventions, lacking = _conventions(folder, ladder, frame[comparable(frame)])
+    notes = (
+        *frame.attrs["notes"], *_unreadable(records), *_of_design(frame, finished, settings, one_length),
+        *_cautions(frame, ladder), *lacking,
+    )  # fmt: skip
     return Study(
         folder, records.sweep, records.families[0], records.listed, frame, records.runs, flops, tuple(laws),
-        frontiers, forecasts, problems, conventions, notes,
+        frontiers, forecasts, problems, conventions, notes, ladder, settings,
     )  # fmt: skip
 
 
-def _conventions(folder: Path, frame: pd.DataFrame) -> tuple[tuple[dict[str, Any], ...], list[str]]:
-    """The table, by part where all runs have costs that hold; and why it is not."""
-    good = frame[usable(frame, CONVENTIONS_OF) & (frame["state"] != "failed")]
-    names = [str(name) for name in good["run"].unique()]
+def _recipe(sweep: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The recipe of a ``sweep.json``; empty without one."""
+    recipe = sweep.get("recipe")
+    return recipe if isinstance(recipe, Mapping) else {}
+
+
+def _settings_of(
+    sweep: Mapping[str, Any], runs: list[dict[str, Any]]
+) -> tuple[dict[str, Mapping[str, Any]], tuple[str, ...]]:
+    """Configs by run, and the names of what the recipe varies."""
+    return {str(run["run"]): run["config"] for run in runs}, varied(_recipe(sweep))
+
+
+def _of_design(
+    frame: pd.DataFrame, finished: pd.DataFrame, settings: Settings | None, one_length: str
+) -> Iterator[str]:
+    """What runs the laws are of, and what sharing has saved."""
+    if settings is not None:
+        yield (
+            f"the recipe varies {', '.join(settings.names)}: laws are of the setting with the lowest "
+            "last-scale loss at each depth and length, and the lowest of several noisy values is a little low"
+        )
+    if one_length:
+        yield one_length
+    ends = frame.groupby("run", sort=False).tail(1)
+    spent, recorded = ends["flops_spent"].sum(), ends["flops"].sum()
+    if spent < recorded:
+        yield (
+            f"shorter runs start from checkpoints of longer ones: by the records {spent:.3g} FLOPs were "
+            f"spent on runs of {recorded:.3g} in all ({spent / recorded:.2f}); C is of each run as trained "
+            "alone"
+        )
+
+
+def _conventions(
+    folder: Path, ladder: pd.DataFrame, along: pd.DataFrame
+) -> tuple[tuple[dict[str, Any], ...], list[str]]:
+    """The table, by part where all runs have costs that hold; and why it is not.
+
+    Args:
+        ladder, along: rows for laws over N, and for those along a frontier.
+    """
+    sets: dict[Literal["params", "flops"], pd.DataFrame] = {"params": ladder, "flops": along}
+    good = {x: rows[usable(rows, CONVENTIONS_OF) & (rows["state"] != "failed")] for x, rows in sets.items()}
+    names = list(dict.fromkeys(str(name) for rows in good.values() for name in rows["run"].unique()))
     older = [name for name in names if not (folder / name / "costs.json").exists()]
     try:
         if not older:
@@ -272,10 +345,12 @@ def _conventions(folder: Path, frame: pd.DataFrame) -> tuple[tuple[dict[str, Any
     return _convention_rows(good, None), [note]
 
 
-def _convention_rows(good: pd.DataFrame, costs: Costs | None) -> tuple[dict[str, Any], ...]:
+def _convention_rows(
+    good: dict[Literal["params", "flops"], pd.DataFrame], costs: Costs | None
+) -> tuple[dict[str, Any], ...]:
     found: list[dict[str, Any]] = []
-    for x in ("params", "flops"):
-        table = conventions_table(good, costs, x, CONVENTIONS_OF, level=LEVEL)
+    for x, rows in good.items():
+        table = conventions_table(rows, costs, x, CONVENTIONS_OF, level=LEVEL)
         for row in table.to_dict("records"):
             found.append(
                 {"x": x, "quantity": CONVENTIONS_OF} | {str(key): value for key, value in row.items()}
@@ -329,15 +404,19 @@ def _forecasts(frame: pd.DataFrame) -> tuple[dict[str, tuple[tuple[bool, Forecas
     return found, tuple(p if len(q) == every else f"{p} ({', '.join(q)})" for p, q in problems.items())
 
 
-def _cautions(frame: pd.DataFrame) -> Iterator[str]:
+def _cautions(frame: pd.DataFrame, ladder: pd.DataFrame) -> Iterator[str]:
     """What weakens the conclusions, in words."""
-    yield FRONTIER_CAUTION
+    annealed = frame["schedule"] == "wsd"
+    if not annealed.all():
+        yield FRONTIER_CAUTION
+    if annealed.any():
+        yield ANNEALED_CAUTION
     states = frame.groupby("run", sort=False)["state"].first()
     if failed := int((states == "failed").sum()):
         yield f"the frontiers leave out {failed} failed run{'s' if failed > 1 else ''}"
     if partial := int((~states.isin(["failed", "done"])).sum()):
         yield f"the frontiers hold evaluations of {partial} unfinished run{'s' if partial > 1 else ''}"
-    final = _finished(frame)
+    final = _finished(ladder)
     depths = sorted(int(d) for d in final["depth"].unique())
     if not depths:
         yield "no run has finished: there are no final losses, so no law over N"

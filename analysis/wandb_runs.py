@@ -12,6 +12,8 @@
   records of training in between are counted and left out.
 - Of a run's config only what has a meaning here becomes a column: ``model.depth``, ``seed``, …;
   text where a number belongs (``model_size: small``) is left out and noted.
+- This project names a run on wandb ``<group>.<run>``, the group being its sweep; here it has its own name
+  again. What stands for a sweep as a whole (job type ``summary``), and pictures, are no records.
 - The end of a run is its last record that has the quantity to be fitted: summaries and other
   evaluations may follow it.
 """
@@ -45,6 +47,7 @@ STATES = {
 """wandb's word -> this project's."""
 NOT_OF_A_CONFIG = ("run", "state", "final", "step", "tokens", "epochs", "flops", "flops_6nd", "loss")
 """There they are what the run was to do, not what it had done at a record."""
+SUMMARY = "summary"
 EVALUATION = re.compile(r"(?:eval|val|valid|validation|test)[/_.]", re.I)
 
 
@@ -53,12 +56,14 @@ class WandbRun:
     """One run: its config and its history in order."""
 
     name: str
-    """wandb's id of the run; this project gives it the run folder's name."""
+    """wandb's id of the run; of this project's runs the folder's name."""
     state: str = "interrupted"
     """done, failed, running, waiting or interrupted; an offline run that was asked to leave is failed."""
     config: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    summary: bool = False
+    """Whether it stands for a whole sweep."""
 
 
 def read_online(project: str) -> list[WandbRun]:
@@ -78,9 +83,13 @@ def read_online(project: str) -> list[WandbRun]:
     try:
         runs = [
             WandbRun(
-                str(run.id), STATES.get(run.state, str(run.state)), dict(run.config), list(run.scan_history())
+                _own_name(str(run.id), run.group),
+                STATES.get(run.state, str(run.state)),
+                dict(run.config),
+                [_without_media(row) for row in run.scan_history()],
             )
             for run in wandb.Api().runs(project)
+            if run.job_type != SUMMARY
         ]
     except (wandb.errors.Error, ValueError, OSError) as error:
         raise RecordsError(f"wandb:{project}: {error}") from None
@@ -107,6 +116,8 @@ def read_offline(path: Path) -> list[WandbRun]:
     lost = []
     for file in files:
         run = _read_file(file)
+        if run.summary:
+            continue
         if not run.name:
             lost.append(f"{file.name}: no whole run in it ({'; '.join(run.notes)}); left out")
             continue
@@ -116,7 +127,7 @@ def read_offline(path: Path) -> list[WandbRun]:
             run.notes = [*runs[run.name].notes, *run.notes]
         runs[run.name] = run
     if not runs:
-        raise RecordsError(f"{path}: {'; '.join(lost)}")
+        raise RecordsError(f"{path}: {'; '.join(lost) or 'no run in its wandb files'}")
     for name, run in runs.items():
         run.history = _joined(run, parts[name])
     next(iter(runs.values())).notes[:0] = lost
@@ -191,18 +202,31 @@ def _read_file(file: Path) -> WandbRun:
         record.ParseFromString(data)
         kind = record.WhichOneof("record_type")
         if kind == "run":
-            run.name = record.run.run_id
+            run.name = _own_name(record.run.run_id, record.run.run_group)
+            run.summary = record.run.job_type == SUMMARY
             _update(run.config, record.run.config)
         elif kind == "config":
             _update(run.config, record.config)
         elif kind == "history":
-            run.history.append({_key(item): json.loads(item.value_json) for item in record.history.item})
+            row = {_key(item): json.loads(item.value_json) for item in record.history.item}
+            run.history.append(_without_media(row))
         elif kind == "exit":
             ended = True
             run.state = "done" if record.exit.exit_code == 0 else "failed"
     if not ended:
         run.notes.append(f"{run.name or file.name}: no end recorded; it was killed or still runs")
     return run
+
+
+def _own_name(name: str, group: str | None) -> str:
+    return name.removeprefix(f"{group}.") if group else name
+
+
+def _without_media(row: dict[str, Any]) -> dict[str, Any]:
+    """The row without pictures: a file has ``<name>._type`` and more of each, a server one value."""
+    media = {key.removesuffix("._type") for key in row if key.endswith("._type")}
+    media |= {key for key, value in row.items() if isinstance(value, dict) and "_type" in value}
+    return {k: v for k, v in row.items() if k not in media and k.rpartition(".")[0] not in media}
 
 
 def _log(file: Path, notes: list[str]) -> Iterator[bytes]:

@@ -1,9 +1,10 @@
 """How fast images are drawn on this machine, and how fast its matrix products alone would allow.
 
-    python -m benchmarks.sampling [--families var flexvar raster] [--threads 2] [--repetitions 5]
+    python -m benchmarks.sampling [--families var flexvar raster] [--precision fp32] [--threads 2]
+                                  [--repetitions 5]
 
 Depth 6 with ten steps to 16 × 16 tokens (raster: 256 tokens), vocabulary 4096, 1000 classes, guidance 1.5,
-batches of 8, tokens only, fp32; weights are random, which matters to nothing here.
+batches of 8, tokens only; weights are random, which matters to nothing here.
 
 'images/core s' are by processor time instead of the clock's, and hold on a machine that others use as well,
 with one thread above all (waiting for the other threads counts). 'share' is the processor time of the same
@@ -16,6 +17,7 @@ moments fall on all alike.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import multiprocessing
 import time
@@ -27,7 +29,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
 from scaling import flops
 from scaling.clock import device_name, peak_memory
@@ -35,6 +37,7 @@ from scaling.config import Family, ModelConfig, TokenizerConfig
 from scaling.families.interface import FamilyModel
 from scaling.families.registry import FAMILIES, build, family_model
 from scaling.generation import sample_tokens
+from scaling.layers.linear import half_weights
 from scaling.tokenizer.quantizer import MultiScaleQuantizer, Quantizer
 from scaling.tokenizer.scalable import ScalableQuantizer
 
@@ -78,17 +81,19 @@ def model_and_quantizer(family: Family) -> tuple[FamilyModel, Quantizer]:
     return model, quantizer.eval().requires_grad_(False)
 
 
-def products(model: FamilyModel) -> Callable[[], None]:
+def products(model: FamilyModel, kind: torch.dtype) -> Callable[[], None]:
     """The matrix products of sampling one batch, of an attention family, by themselves."""
     config, images = model.config, 2 * BATCH
     w, heads, hidden = config.width, config.heads, config.mlp_ratio * config.width
-    matrices = [torch.randn(n, m) for m, n in ((w, 3 * w), (w, w), (w, hidden), (hidden, w))]
-    to_vocab = torch.randn(config.vocab, w)
+    matrices = [torch.randn(n, m, dtype=kind) for m, n in ((w, 3 * w), (w, w), (w, hidden), (hidden, w))]
+    to_vocab = torch.randn(config.vocab, w, dtype=kind)
     chunks = model.chunks()
     rows = max(chunks) * images
-    given, out = torch.randn(rows, hidden), torch.empty(rows, config.vocab)
-    queries, keys = (torch.randn(images * heads, n, w // heads) for n in (max(chunks), sum(chunks)))
-    scores = torch.empty(images * heads, max(chunks), sum(chunks))
+    given, out = torch.randn(rows, hidden, dtype=kind), torch.empty(rows, config.vocab, dtype=kind)
+    queries, keys = (
+        torch.randn(images * heads, n, w // heads, dtype=kind) for n in (max(chunks), sum(chunks))
+    )
+    scores = torch.empty(images * heads, max(chunks), sum(chunks), dtype=kind)
 
     def by(weight_nm: Tensor, count: int) -> None:
         n, m = weight_nm.shape
@@ -115,24 +120,30 @@ def seconds(action: Callable[[], object]) -> tuple[float, float]:
     return time.perf_counter() - start, time.process_time() - used
 
 
-def large_product() -> float:
+def large_product(kind: torch.dtype) -> float:
     """FLOP per core second of one large matrix product."""
-    a_nn, out_nn = torch.randn(2048, 2048), torch.empty(2048, 2048)
+    a_nn, out_nn = torch.randn(2048, 2048, dtype=kind), torch.empty(2048, 2048, dtype=kind)
     return 2 * 2048**3 / seconds(lambda: torch.mm(a_nn, a_nn, out=out_nn))[1]
 
 
-def measure(family: Family, threads: int, repetitions: int) -> Measured:
+def measure(family: Family, precision: str, threads: int, repetitions: int) -> Measured:
     """Measure one family, in a process of its own."""
     torch.set_num_threads(threads)
+    kind = torch.bfloat16 if precision == "bf16" else torch.float32
     model, quantizer = model_and_quantizer(family)
     labels_B = torch.arange(BATCH)
-    bare = None if family == "flexvar-mamba" else products(model)  # its scan is no matrix product
+    bare = None if family == "flexvar-mamba" else products(model, kind)  # its scan is no matrix product
 
     def sample(filters: tuple[int, float]) -> Callable[[], object]:
         top_k, top_p = filters
-        return lambda: sample_tokens(
-            model, quantizer, labels_B, range(BATCH), guidance=GUIDANCE, top_k=top_k, top_p=top_p
-        )
+
+        def draw() -> None:
+            with half_weights(cast(nn.Module, model)) if precision == "bf16" else contextlib.nullcontext():
+                sample_tokens(
+                    model, quantizer, labels_B, range(BATCH), guidance=GUIDANCE, top_k=top_k, top_p=top_p
+                )
+
+        return draw
 
     actions = {name: sample(filters) for name, filters in FILTERS.items()}
     actions["all tokens"]()
@@ -140,7 +151,7 @@ def measure(family: Family, threads: int, repetitions: int) -> Measured:
     timings = {name: Timing([], [], []) for name in FILTERS}
     rates = []
     for _ in range(repetitions):
-        rates.append(large_product())
+        rates.append(large_product(kind))
         for name, action in actions.items():
             alone = None if bare is None else seconds(bare)[1]
             taken, used = seconds(action)
@@ -157,6 +168,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.sampling", description="Time sampling.")
     known = [family for family in get_args(Family) if family in FAMILIES]
     parser.add_argument("--families", nargs="+", choices=known, default=known)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repetitions", type=int, default=5)
     options = parser.parse_args()
@@ -166,7 +178,9 @@ def main() -> None:
     )  # fmt: skip
     for family in options.families:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            found = pool.apply(measure, (cast(Family, family), options.threads, options.repetitions))
+            found = pool.apply(
+                measure, (cast(Family, family), options.precision, options.threads, options.repetitions)
+            )
         for name, timing in found.timings.items():
             table.add_row(
                 family, name, f"{np.median(timing.speeds):.2f}", f"{min(timing.speeds):.2f}",
@@ -174,7 +188,8 @@ def main() -> None:
                 f"{np.median(timing.shares):.2f}" if timing.shares else "-",
                 f"{found.limit:.2f} at {found.rate / 1e9:.0f} GFLOP/s", f"{found.memory / 2**20:.0f}",
             )  # fmt: skip
-    print(f"{device_name(torch.device('cpu'))}, {options.threads} threads, torch {torch.__version__}")
+    name = device_name(torch.device("cpu"))
+    print(f"{name}, {options.threads} threads, torch {torch.__version__}, {options.precision}")
     Console(width=130).print(table)
 
 

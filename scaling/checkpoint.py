@@ -9,6 +9,7 @@ Design choices
 - Checksums are verified on load; a damaged checkpoint is named in a warning and the one before it used. A
   checkpoint that the system cannot read now (a stale handle of a shared folder) is not damaged but an error:
   passing over it would lose its steps, and processes that read the others' folder would go on from there.
+- Numbers that are not finite are never written: whatever is there can be gone on from.
 - Optimiser state travels as named tensors (``exp_avg/<parameter>``), never as pickle.
 - A tensor is read when it is asked for and copied straight to where it belongs, so that loading takes
   the memory of one tensor beside the model's, in each of the processes that load at once.
@@ -70,14 +71,18 @@ class Checkpoint:
     state: dict[str, Any]
 
 
+class NotFiniteError(ValueError):
+    """Tensors that nothing can go on from; the message names one."""
+
+
 class _DamagedError(Exception):
     """A checkpoint whose files are not what its manifest says."""
 
 
 def save_checkpoint(
-    folder: str | Path, step: int, tensors: Tensors, state: dict[str, Any], keep: int = 2
+    folder: str | Path, step: int, tensors: Tensors, state: dict[str, Any], keep: int | None = 2
 ) -> Path:
-    """Write checkpoint ``step`` and keep the newest ``keep`` up to it.
+    """Write checkpoint ``step`` and keep the newest ``keep`` up to it; None removes nothing.
 
     Checkpoints of later steps are removed: a run at ``step`` has passed over them as damaged.
 
@@ -88,8 +93,11 @@ def save_checkpoint(
         state: JSON values.
 
     Raises:
-        RecordsError: it could not be written (a full disk, say); the checkpoints before are untouched.
+        NotFiniteError: a tensor holds a number that is none; nothing was written.
+        OSError, SafetensorError: it could not be written (a full disk, say). The checkpoints before are
+            untouched in both cases.
     """
+    check_finite(tensors)
     root = Path(folder)
     target, partial = root / _name(step), root / f".partial-{_name(step)}"
     try:
@@ -109,24 +117,51 @@ def save_checkpoint(
             shutil.rmtree(target)
         partial.rename(target)
         _sync_folder(root)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError):
         shutil.rmtree(partial, ignore_errors=True)
-        raise RecordsError(f"{target}: the checkpoint could not be written ({error})") from error
+        raise
+    if keep is None:
+        return target
     older = [path for path in _checkpoints(root) if _step(path) <= step]
     for path in set(_checkpoints(root)) - set(older[-keep:]):
         shutil.rmtree(path)
     return target
 
 
-def load_checkpoint(folder: str | Path) -> Checkpoint | None:
+def check_finite(tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """``NotFiniteError`` unless every number of every tensor is finite; synchronises once."""
+    names = [f"{group}/{name}" for group, values in tensors.items() for name in values]
+    if not names:
+        return
+    found = [value.isfinite().all() for values in tensors.values() for value in values.values()]
+    device = found[0].device
+    wrong = ~torch.stack([one.to(device, non_blocking=True) for one in found])
+    if wrong.any():
+        raise NotFiniteError(f"{names[int(wrong.int().argmax())]} holds numbers that are not finite")
+
+
+def forget_newest(folder: str | Path) -> None:
+    """Remove the newest of several checkpoints, to go on from the one before."""
+    found = _checkpoints(Path(folder))
+    if len(found) > 1:
+        shutil.rmtree(found[-1])
+
+
+def load_checkpoint(folder: str | Path, upto: int | None = None) -> Checkpoint | None:
     """The newest undamaged checkpoint of a folder, or None when there is none.
 
     Every damaged one that is passed over is named in a warning of the log.
+
+    Args:
+        folder: the run's ``checkpoints`` or ``branches``.
+        upto: those of later steps are not looked at.
 
     Raises:
         RecordsError: the system could not read one; it may well be sound.
     """
     for path in reversed(_checkpoints(Path(folder))):
+        if upto is not None and _step(path) > upto:
+            continue
         try:
             return _read(path)
         except _DamagedError as error:

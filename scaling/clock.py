@@ -7,17 +7,27 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 
+PARTS = ("train", "evaluation", "checkpoints", "samples")
+"""What a run's time goes to once it has started."""
+
 
 class Clock:
-    """Counts training time between log points, leaving out evaluations and checkpoints."""
+    """Counts training time between log points, leaving out evaluations and checkpoints.
 
-    def __init__(self, checkpoint_seconds: float) -> None:
+    Args:
+        checkpoint_seconds: longest time between checkpoints.
+        before: ``seconds`` of earlier attempts, to be added to.
+    """
+
+    def __init__(self, checkpoint_seconds: float, before: Mapping[str, float] | None = None) -> None:
         self._checkpoint_seconds = checkpoint_seconds
+        self.seconds = dict.fromkeys(PARTS, 0.0) | dict(before or {})
+        """What the time went to, of all attempts: ``PARTS``. Starting is in none of them."""
         self._last_checkpoint = self._mark = time.monotonic()
         self._steps = 0
         self._laps: list[tuple[int, float]] = []
@@ -30,15 +40,18 @@ class Clock:
         """
         now = time.monotonic()
         self._laps.append((steps - self._steps, now - self._mark))
+        self.seconds["train"] += now - self._mark
         self._steps, self._mark = steps, now
         return self._laps[-1][0] / self._laps[-1][1]
 
     @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Time inside does not count as training."""
+    def paused(self, part: str) -> Iterator[None]:
+        """Time inside counts as this part of ``PARTS`` and not as training."""
         start = time.monotonic()
         yield
-        self._mark += time.monotonic() - start
+        took = time.monotonic() - start
+        self._mark += took
+        self.seconds[part] += took
 
     @property
     def steps_per_second(self) -> float | None:
@@ -53,6 +66,12 @@ class Clock:
     def checkpointed(self) -> None:
         """A checkpoint was just written."""
         self._last_checkpoint = time.monotonic()
+
+
+def host_memory() -> int:
+    """Peak bytes of this process in the machine's main memory."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def device_name(device: torch.device) -> str:
@@ -71,5 +90,4 @@ def peak_memory(device: torch.device) -> int:
     """Peak bytes: of the GPU's tensors, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return host_memory()

@@ -12,11 +12,12 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from scaling.launch import Device, LaunchConfig, SamplingConfig
+from scaling.launch import Device, LaunchConfig, SamplingConfig, Tracker, WandbMode
 from scaling.schema import ConfigError, content_hash, from_dict, identity, require, to_dict
 from scaling.tokenizer.config import (
     PAPER_SCALES,
@@ -42,7 +43,9 @@ __all__ = [
     "TokenizerConfig",
     "TokenizerRunConfig",
     "TokenizerTrainConfig",
+    "Tracker",
     "TrainConfig",
+    "WandbMode",
     "check_tokens",
     "content_hash",
     "from_dict",
@@ -51,10 +54,11 @@ __all__ = [
     "to_dict",
 ]
 
-SCHEDULES = ("lin0", "lin", "lin00", "cos", "exp", "constant")
+SCHEDULES = ("lin0", "lin", "lin00", "cos", "exp", "constant", "wsd")
 Family = Literal["var", "flexvar", "flexvar-mamba", "raster"]
 AdaLN = Literal["own", "shared", "none"]
 StepSchedule = Literal["fixed", "paper", "published"]
+DecayShape = Literal["1-sqrt", "linear"]
 FLEXIBLE = ("flexvar", "flexvar-mamba")
 """Families that train on, and sample with, steps of any number and size."""
 PUBLISHED_SIDE = 16
@@ -255,9 +259,17 @@ class TrainConfig:
     """Peak learning rate; by default ``lr_base``·batch/256."""
     lr_base: float = 1e-4
     schedule: str = "lin0"
-    """lin0, lin, lin00, cos, exp, constant, or lin0.x: as published, a slow linear part for x of training."""
+    """lin0, lin, lin00, cos, exp, constant, or lin0.x: as published, a slow linear part for x of training;
+    wsd: warm-up, stable, decay (2405.18392), whose runs of several lengths share their stable phase."""
     warmup: float = 0.02
     """Share of training (the published epochs/50)."""
+    warmup_steps: int | None = field(default=None, metadata={"added": True})
+    """Warm-up in optimiser steps, in place of the share; wsd needs it, so that all lengths begin alike."""
+    decay: float = field(default=0.2, metadata={"added": True})
+    """wsd: share of training in which the learning rate falls; 20 % matches a cosine of the same length
+    (2405.18392)."""
+    decay_shape: DecayShape = field(default="1-sqrt", metadata={"added": True})
+    """wsd: 1-sqrt, which 2405.18392 found better than linear."""
     lr_start: float = 0.005
     """Learning rate at step 0, as a share of the peak."""
     lr_end: float = 0.01
@@ -294,6 +306,35 @@ class TrainConfig:
             + (f"did you mean '{near[0]}'?" if near else f"known: {', '.join(SCHEDULES)}, lin0.x"),
         )
         require(0 <= self.warmup < 1, f"train.warmup is a share of training, 0 to 1, got {self.warmup}")
+        require(
+            self.warmup_steps is None or self.warmup_steps >= 0,
+            f"train.warmup_steps must not be negative, got {self.warmup_steps}",
+        )
+        self._check_decay()
+
+    def _check_decay(self) -> None:
+        """wsd has what it needs, and nothing that would make its stable phase depend on the length."""
+        require(
+            0 < self.decay < 1, f"train.decay is a share of training, above 0 and below 1, got {self.decay}"
+        )
+        if self.schedule == "wsd":
+            require(
+                self.warmup_steps is not None,
+                "train.warmup_steps (optimiser steps) is needed for train.schedule 'wsd', whose runs of "
+                "different lengths begin alike",
+            )
+            require(
+                self.weight_decay_end is None,
+                "train.weight_decay_end depends on a run's length from the first step on; train.schedule "
+                "'wsd' keeps weight decay constant, leave it none",
+            )
+            return
+        for name in ("decay", "decay_shape"):
+            value, default = getattr(self, name), getattr(TrainConfig, name)
+            require(
+                value == default,
+                f"train.{name} {value} is for train.schedule 'wsd', not '{self.schedule}'; leave {default}",
+            )
 
     def effective(self) -> TrainConfig:
         """``lr_base`` does nothing beside ``lr``."""
@@ -305,14 +346,20 @@ class TrainConfig:
         return self.lr if self.lr is not None else self.lr_base * self.batch / 256
 
 
+def decay_start(train: TrainConfig, total_steps: int) -> int:
+    """wsd: optimiser steps at the peak or in warm-up, before the first of the decay."""
+    return total_steps - max(1, round(train.decay * total_steps))
+
+
 @dataclass(frozen=True)
 class EvaluationConfig:
     """When and on what a run is evaluated."""
 
     points: int = 20
-    """Evaluations per run, evenly spaced in log FLOPs, the last at the end."""
+    """Evaluations per run, evenly spaced in log FLOPs, the last at the end. With wsd only the spacing follows
+    from this and ``first``; their number follows from the length."""
     first: float = 0.02
-    """The first evaluation, as a share of training."""
+    """The first evaluation, as a share of training (wsd: the end of warm-up)."""
     images: int | None = None
     """Validation images used; None for all that are cached."""
     snapshots: tuple[float, ...] = field(default=(), metadata={"added": True})
@@ -395,6 +442,13 @@ class RunConfig:
         require(
             self.model.num_classes == self.data.num_classes, "model.num_classes differs from data.num_classes"
         )
+        if self.train.schedule == "wsd":
+            warmup = self.train.warmup_steps or 0
+            require(
+                warmup <= self.stable_steps,
+                f"train.warmup_steps {warmup} reaches into the decay of a run of {self.total_steps} steps, "
+                f"which begins after step {self.stable_steps}",
+            )
 
     def effective(self) -> RunConfig:
         """With what the other kind of tokenizer alone uses at its default."""
@@ -425,11 +479,31 @@ class RunConfig:
         return max(1, -int(-wanted // train.batch))
 
     @property
+    def stable_steps(self) -> int:
+        """wsd: optimiser steps before the decay begins, the same in every longer run of this config."""
+        return decay_start(self.train, self.total_steps)
+
+    @property
     def eval_steps(self) -> tuple[int, ...]:
-        """Steps after which the run is evaluated: evenly spaced in log FLOPs, strictly growing."""
+        """Steps after which the run is evaluated: evenly spaced in log FLOPs, strictly growing.
+
+        Those of wsd have the same spacing, but are counted from the end of warm-up and not from the run's own
+        first one: runs of several lengths are evaluated after the same steps, and each at its end.
+        """
         total, points = self.total_steps, self.evaluation.points
         if points == 1:
             return (total,)
+        if self.train.schedule == "wsd":
+            first, ratio = (
+                float(max(1, self.train.warmup_steps or 0)),
+                self.evaluation.first ** (-1 / (points - 1)),
+            )
+            if ratio == 1.0:
+                return (total,)
+            points = 1 + max(0, math.floor(math.log(total / first) / math.log(ratio)))
+            return tuple(
+                sorted({step for i in range(points) if (step := round(first * ratio**i)) < total} | {total})
+            )
         first = max(1.0, self.evaluation.first * total)
         ratio = (total / first) ** (1 / (points - 1))
         return tuple(sorted({min(total, max(1, round(first * ratio**i))) for i in range(points)} | {total}))

@@ -9,12 +9,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
@@ -22,7 +22,9 @@ from torch import Tensor, nn
 from scaling.config import ModelConfig
 from scaling.data.cache import CachedSplit
 from scaling.data.live import EncodedSplit
-from scaling.families.registry import FAMILIES
+from scaling.families.registry import FAMILIES, family_model
+from scaling.memory import out_of_memory, release
+from scaling.objective import Objective
 from scaling.steps import token_columns
 from scaling.tokenizer.quantizer import Quantizer
 
@@ -50,13 +52,6 @@ class Evaluation:
         return record | {"eval_images": len(self.loss_nK)}
 
 
-def token_losses(logits_BLV: Tensor, tokens_BL: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy in nats (B, L) and whether the argmax is wrong (B, L), in fp32."""
-    loss_BL = F.cross_entropy(logits_BLV.flatten(0, 1), tokens_BL.flatten(), reduction="none")
-    wrong_BL = logits_BLV.detach().argmax(dim=-1) != tokens_BL
-    return loss_BL.view_as(tokens_BL), wrong_BL.float()
-
-
 def per_scale(values_BL: Tensor, scales: tuple[int, ...]) -> Tensor:
     """Means over each scale's tokens, (B, K)."""
     parts = values_BL.split([s * s for s in scales], dim=1)
@@ -74,6 +69,7 @@ def evaluate(
     cached: tuple[int, ...],
     images: int | None,
     batch: int,
+    on_batch: Callable[[], object] = lambda: None,
 ) -> Evaluation:
     """Evaluate ``model`` on ``images`` of the split (all when None), spread evenly over it.
 
@@ -83,26 +79,45 @@ def evaluate(
 
     Args:
         cached: side lengths of the token maps in the split.
+        batch: images at once; half as many whenever memory runs out.
+        on_batch: called before each.
     """
     count = split.images if images is None else min(images, split.images)
     rank, world = accelerator.process_index, accelerator.num_processes
     mine = (np.arange(count) * split.images // count)[rank::world]
     inputs, scales = FAMILIES[config.family].inputs, config.scales
     columns = token_columns(cached, scales)
-    training = model.training
-    model.eval()
-    rows: list[np.ndarray] = []
-    for start in range(0, len(mine), batch):
-        indices = mine[start : start + batch]
+    objective = Objective(family_model(model))
+
+    def measured(indices: np.ndarray) -> np.ndarray:
         rows_BL = split.tokens(indices, np.zeros_like(indices))[:, columns]
         tokens_BL = torch.from_numpy(rows_BL.astype(np.int64))
         tokens_BL = tokens_BL.to(accelerator.device)
         labels_B = torch.from_numpy(split.labels[indices]).to(accelerator.device)
         with accelerator.autocast():
-            logits_BLV = model(labels_B, inputs(quantizer, tokens_BL, config.sizes))
-        loss_BL, wrong_BL = token_losses(logits_BLV, tokens_BL)
+            given = inputs(quantizer, tokens_BL, config.sizes)
+            _, loss_BL, wrong_BL = objective(labels_B, given, tokens_BL, sizes=config.sizes)
         both = torch.stack([per_scale(loss_BL, scales), per_scale(wrong_BL, scales)], dim=1)
-        rows.append(both.double().cpu().numpy())
+        found: np.ndarray = both.double().cpu().numpy()
+        return found
+
+    training = model.training
+    model.eval()
+    rows: list[np.ndarray] = []
+    done = 0
+    while done < len(mine):
+        on_batch()
+        part = mine[done : done + batch]
+        try:
+            rows.append(measured(part))
+        except Exception as error:
+            if not out_of_memory(error) or len(part) == 1:
+                raise
+            batch = len(part) // 2
+        else:
+            done += len(part)
+            continue
+        release()  # not while the error, which holds the tensors, is handled
     model.train(training)
     own = np.concatenate(rows) if rows else np.zeros((0, 2, len(scales)))
     everyone = gather_object([(rank, own)]) if world > 1 else [(0, own)]

@@ -22,14 +22,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from scaling.config import FLEXIBLE, ModelConfig, RunConfig, TokenizerConfig
-from scaling.steps import schedule_counts
+from scaling.config import FLEXIBLE, ModelConfig, RunConfig, TokenizerConfig, require
+from scaling.steps import schedule_counts, step_scales
 
 Size = tuple[int, int]
 N_PARTS = ("qkv", "projection", "mlp", "adaln")
 """The parts of ``params_by_part`` that the paper's N counts."""
 TRAIN_FORWARDS = 3
 """Forward and backward together cost so many forward passes."""
+LOGITS_AT_ONCE = {"cpu": 2**20, "cuda": 2**26}
+"""Logits of training computed at a time: 4 MB stay in a CPU's cache, while a GPU wants large products."""
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
@@ -198,6 +200,37 @@ def spent(config: RunConfig, steps: int) -> Spent:
     return total
 
 
+def steps_within(config: RunConfig, budget: float) -> int:
+    """Optimiser steps whose training FLOPs are the nearest to ``budget``.
+
+    Args:
+        config: the run, whatever its length.
+
+    Raises:
+        ConfigError: the budget is less than one step.
+    """
+
+    def cost(step: int) -> int:
+        return step_cost(config, step_scales(config.model, config.seed, step)).flops
+
+    require(
+        budget >= cost(0),
+        f"budgets: {budget:.3g} FLOPs are less than one optimiser step of depth {config.model.depth}, "
+        f"which costs {cost(0):.3g}",
+    )
+    # Steps of one run cost alike but for random token maps: a guess, then step by step to the nearest.
+    sample = 1 if config.model.step_schedule == "fixed" else 1000
+    steps = max(1, round(budget * sample / spent(config, sample).flops))
+    total = spent(config, steps).flops
+    while total + cost(steps) / 2 < budget:
+        total += cost(steps)
+        steps += 1
+    while steps > 1 and total - cost(steps - 1) / 2 > budget:
+        steps -= 1
+        total -= cost(steps)
+    return steps
+
+
 def costs(config: RunConfig) -> dict[str, Any]:
     """What a run's ``costs.json`` holds, so that other conventions of N and C can be told from it.
 
@@ -229,7 +262,13 @@ def flops_6nd(model: ModelConfig, tokens: float) -> float:
     return 6.0 * params(model) * tokens
 
 
-def train_memory(model: ModelConfig, micro_batch: int, precision: str = "bf16") -> int:
+def train_memory(
+    model: ModelConfig,
+    micro_batch: int,
+    precision: str = "bf16",
+    device: str = "cuda",
+    attention: str = "auto",
+) -> int:
     """Estimated peak bytes of one training process's tensors (not the libraries' own share).
 
     Weights, gradients and two Adam moments in fp32, plus saved activations. Per token and layer the
@@ -237,15 +276,28 @@ def train_memory(model: ModelConfig, micro_batch: int, precision: str = "bf16") 
     q and k, attention output, projection, MLP hidden before and after GELU, MLP output - 5 fp32 and
     18 autocast widths - and with a materialised mask none of the L² scores. A Mamba keeps in place of the 7
     from q to projection its input and, per channel, about 3 fp32 and 8 autocast numbers. The head keeps
-    the logits, their softmax and its gradient in fp32.
+    its features and their gradient, its matrix's gradient, and of a portion of the logits their softmax in
+    fp32 and a copy for the products (``scaling.objective``). Attention step by step keeps copies of q,
+    k and v and the weights of all allowed pairs.
+
+    Args:
+        device: cpu or cuda: how many logits there are at a time, and what ``auto`` attention is.
+        attention: ``launch.attention``.
     """
     low = _BYTES[precision]
     state = 16 * params_total(model) + (2 * params(model) if low == 2 else 0)
     mamba = model.family == "flexvar-mamba"
     mixer = model.ssm_expand * (3 * 4 + 8 * low) + low if mamba else 7 * low
     per_token = model.depth * model.width * (5 * 4 + 11 * low + mixer)
-    head = 3 * 4 * model.vocab + 3 * 4 * model.width
-    return state + micro_batch * model.seq_len * (per_token + head)
+    stepwise = attention == "blockwise" or (attention == "auto" and device == "cpu")
+    pairs = 0
+    if stepwise and not mamba and model.family != "raster":
+        per_token += model.depth * model.width * 3 * low
+        pairs = micro_batch * model.depth * model.heads * attention_pairs(model.sizes) * low
+    tokens = micro_batch * model.seq_len
+    logits = min(tokens * model.vocab, LOGITS_AT_ONCE[device])
+    head = 2 * 4 * logits + 4 * model.width * model.vocab
+    return state + tokens * (per_token + 3 * 4 * model.width) + head + pairs
 
 
 def checkpoint_bytes(model: ModelConfig) -> int:

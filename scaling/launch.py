@@ -6,12 +6,15 @@ Micro-batch, processes, threads, compilation, trackers, the pictures left at the
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
 from scaling.schema import require
 
 Device = Literal["auto", "cpu", "cuda"]
+Tracker = Literal["wandb", "trackio", "tensorboard"]
+WandbMode = Literal["auto", "offline", "online"]
 
 
 @dataclass(frozen=True)
@@ -56,15 +59,32 @@ class LaunchConfig:
     """CPU threads per process; None divides the cores among the runs at once."""
     runs_at_once: int | None = None
     """Runs trained side by side; None for as many as cores or GPUs, and memory, allow."""
+    runs_per_gpu: int | None = None
+    """Runs that share each GPU; None for what 'plan --calibrate' found to end the sweep soonest, else 1."""
     device: Device = "auto"
     compile: bool = False
-    attention: Literal["masked", "blockwise"] = "masked"
+    attention: Literal["auto", "masked", "blockwise"] = "auto"
+    """masked: one fused call over all pairs of tokens; blockwise: step by step, without masked work; auto:
+    blockwise on a CPU, masked on a GPU (``benchmarks.training`` shows the difference)."""
     checkpoint_seconds: float = 120.0
     """At most this much work is lost to a kill."""
+    retries: int = 2
+    """How often a job that crashed, was killed or hung is started again without having got further since."""
+    retry_seconds: float = 10.0
+    """Pause before the first of these; it doubles each time. Other runs go on meanwhile."""
+    retry_diverged: bool = False
+    """Train a run whose loss diverged once more, from its last checkpoint but one. Only what is not
+    deterministic (rounding on a GPU, a faulty device) can make it end otherwise: on a CPU nothing does."""
+    hang_seconds: float = 1800.0
+    """A job without any progress for so long is ended, with all its processes, and tried again."""
     log_every: int = 10
     """Steps between lines of training loss and speed."""
-    wandb: Literal["off", "offline", "online"] = "off"
-    wandb_project: str = "varscale"
+    trackers: tuple[Tracker, ...] = ()
+    """Where a copy of the records goes while a run trains; 'run_sweep.py sync' makes one afterwards."""
+    tracker_project: str = "varscale"
+    """The project there, of every tracker."""
+    wandb_mode: WandbMode = "auto"
+    """auto: online with a key (WANDB_API_KEY or 'wandb login'), else offline files in the run's folder."""
     sampling: SamplingConfig = SamplingConfig()
 
     def __post_init__(self) -> None:
@@ -89,7 +109,20 @@ class LaunchConfig:
             self.micro_batch is None or self.micro_batch >= 1,
             f"launch.micro_batch must be at least 1, got {self.micro_batch}",
         )
-        for name in ("threads", "runs_at_once"):
+        for name in ("threads", "runs_at_once", "runs_per_gpu"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"launch.{name} must be at least 1, got {value}")
+        require(self.retries >= 0, f"launch.retries must not be negative, got {self.retries}")
+        require(
+            self.retry_seconds >= 0, f"launch.retry_seconds must not be negative, got {self.retry_seconds}"
+        )
+        require(self.hang_seconds > 0, f"launch.hang_seconds must be positive, got {self.hang_seconds}")
         require(self.log_every >= 1, f"launch.log_every must be at least 1, got {self.log_every}")
+        twice = sorted({name for name in self.trackers if self.trackers.count(name) > 1})
+        require(not twice, f"launch.trackers names {', '.join(twice)} more than once")
+        # It becomes part of addresses and of file names.
+        require(
+            re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.tracker_project) is not None,
+            "launch.tracker_project must be of letters, digits, '.', '_' and '-', "
+            f"got {self.tracker_project!r}",
+        )

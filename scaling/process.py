@@ -19,6 +19,9 @@
   step never waits for the disk and the heartbeat goes on through a long batch.
 - The same thread watches the launcher (``VARSCALE_LAUNCHER_PID``): a job whose launcher was killed
   leaves as if it had been asked to, instead of holding the machine.
+- A thread also beats while the work itself stands still, in a collective that a dead peer never joins, say.
+  So the status says too when the job last called ``beat`` or ``should_stop`` (``progress_at``), which is what
+  the scheduler looks at; a job that is about to be ended for its silence prints where its threads stand.
 - ``should_stop`` is what *this* process knows. Processes that share a batch must agree on the step at
   which they leave (``scaling.agreement``), or one waits for the others for ever.
 - No torch here.
@@ -28,6 +31,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import faulthandler
 import os
 import signal
 import sys
@@ -37,7 +41,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
 from scaling.records import RecordsError, RunFolder
 from scaling.schema import ConfigError
@@ -48,6 +52,11 @@ DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 3
 LAUNCHER = "VARSCALE_LAUNCHER_PID"
 """Environment variable with the process id of the launcher, set by the scheduler."""
 
+HANG = "VARSCALE_HANG_SECONDS"
+"""Environment variable with the silence after which the scheduler ends the job."""
+DUMP_SHARE = 0.8
+"""Of that silence, after which the job prints where its threads stand."""
+
 BEAT_SECONDS = 1.0
 PATIENCE_SECONDS = 3.0
 IDLE_SECONDS = 4.0
@@ -56,6 +65,18 @@ IDLE_SECONDS = 4.0
 
 class Interrupted(Exception):  # noqa: N818 - leaving when asked is no error
     """The job was asked to leave and has saved what it needs to go on."""
+
+
+class DivergedError(RuntimeError):
+    """The loss is no number any more, or far above what knowing nothing costs: nothing to be fitted."""
+
+    cause: ClassVar[str] = "diverged"
+
+
+class MemoryShortError(RuntimeError):
+    """Memory ran out where the step cannot be taken back; started again, smaller micro-batches are used."""
+
+    cause: ClassVar[str] = "memory"
 
 
 class JobProcess:
@@ -88,23 +109,32 @@ class JobProcess:
         self._guard = threading.Lock()
         self._stop = threading.Event()
         self._asked: float | None = None
+        self._moved = time.time()
+        self._quiet = 0.0
         self._ended = threading.Event()
         self._thread_error: BaseException | None = None
         self._stack = contextlib.ExitStack()
+        self.after_divergence = False
+        """(main process) Whether the attempt before ended because the run diverged."""
 
     # -- what a job calls ----------------------------------------------------------------------
 
     def should_stop(self) -> bool:
         """Whether this process was asked to leave (SIGTERM, SIGINT) or lost its launcher."""
         self._raise_thread_error()
+        self._move()
         return self._stop.is_set()
 
     def beat(self, **facts: Any) -> None:
         """Report progress: ``step``, ``total_steps``, ``images_per_second``, ``loss``; cheap, at any rate."""
         self._raise_thread_error()
-        with self._guard:
-            self._facts |= facts
-            self._changed = True
+        self._move()
+        # Without the guard, which is held while the disk is written: a step must not wait for that.
+        self._facts = self._facts | facts
+        self._changed = True
+
+    def _move(self) -> None:
+        self._moved, self._quiet = time.time(), 0.0
 
     # -- entry and exit ------------------------------------------------------------------------
 
@@ -115,7 +145,7 @@ class JobProcess:
                 stack.callback(signal.signal, number, previous)
             if self.is_main:
                 stack.enter_context(self.folder.lock())
-                self.folder.set_status("running", attempt=self.folder.status().get("attempt", 0) + 1)
+                self._begin()
             try:
                 self._wait()
             except Exception as error:
@@ -127,6 +157,14 @@ class JobProcess:
             stack.callback(self._ended.set)
             self._stack = stack.pop_all()
         return self
+
+    def _begin(self) -> None:
+        before = self.folder.status()
+        self.after_divergence = before.get("cause") == "diverged"
+        counts = {"attempt": before.get("attempt", 0) + 1}
+        if self.after_divergence:
+            counts["divergences"] = before.get("divergences", 0) + 1
+        self.folder.set_status("running", **counts, progress_at=self._moved)
 
     def __exit__(
         self,
@@ -155,7 +193,7 @@ class JobProcess:
     def _fail(self, error: BaseException) -> None:
         with self._guard:
             try:
-                self.folder.fail(one_line(error), exit_code(error))
+                self.folder.fail(one_line(error), exit_code(error), cause_of(error))
                 if self.is_main:
                     self.folder.update_status("failed", **self._facts)
             except OSError as problem:
@@ -170,18 +208,24 @@ class JobProcess:
 
     def _watch(self) -> None:
         launcher = int(os.environ.get(LAUNCHER, 0))
-        silent = 0.0
+        silent, limit = 0.0, DUMP_SHARE * float(os.environ.get(HANG, "inf"))
         while not self._ended.wait(BEAT_SECONDS):
             if launcher and not alive(launcher):
                 self._stop.set()
             silent += BEAT_SECONDS
+            self._quiet += BEAT_SECONDS
+            if limit <= self._quiet < limit + BEAT_SECONDS:
+                with contextlib.suppress(OSError, ValueError):  # a full disk, or no real stderr
+                    print(f"no progress for {self._quiet:.0f} s; the threads stand here:", file=sys.stderr)
+                    faulthandler.dump_traceback(all_threads=True)
             try:
                 with self._guard:
                     if not self.is_main or self._ended.is_set():
                         continue
                     if (self._changed or silent >= IDLE_SECONDS) and not self._failed():
-                        self.folder.update_status("running", **self._facts)
+                        # First: what changes during the write is for the next one.
                         self._changed, silent = False, 0.0
+                        self.folder.update_status("running", **self._facts, progress_at=self._moved)
             except (OSError, RecordsError) as error:
                 self._thread_error = error
                 return
@@ -215,6 +259,8 @@ def alive(pid: int) -> bool:
 
 def disk_full(error: BaseException) -> bool:
     """Whether the error says that no more can be written (no space, or over quota)."""
+    if isinstance(error.__cause__, OSError):
+        error = error.__cause__
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
     return f"(os error {errno.ENOSPC})" in str(error)  # how safetensors tells it
@@ -223,18 +269,35 @@ def disk_full(error: BaseException) -> bool:
 def one_line(error: BaseException) -> str:
     """What went wrong, for a status file or a terminal: never more than one line."""
     if disk_full(error):
+        error = error.__cause__ if isinstance(error.__cause__, OSError) else error
         where = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
         return f"the disk is full{where}: free some space and start again; everything finished so far is kept"
     # Names from tables and folders may hold anything, escape sequences of a terminal too.
     text = "".join(c if c.isprintable() else "?" for c in " ".join(str(error).split()))
-    if isinstance(error, ConfigError | RecordsError):
+    if isinstance(error, ConfigError | RecordsError | DivergedError | MemoryShortError):
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def exit_code(error: BaseException) -> int:
-    """``REFUSED`` for what a person can remove, else ``FAILED``."""
-    return REFUSED if isinstance(error, ConfigError | RecordsError) or disk_full(error) else FAILED
+    """``REFUSED`` for what a person can remove, else ``FAILED``: then another try may end otherwise."""
+    if disk_full(error):
+        return REFUSED
+    # Records that the system could not read or write just now are not wrong.
+    refused = isinstance(error, ConfigError | RecordsError) and not isinstance(error.__cause__, OSError)
+    return REFUSED if refused else FAILED
+
+
+def cause_of(error: BaseException) -> str:
+    """The failure for a machine: ``diverged``, ``memory``, ``disk``, ``refused`` or ``error``.
+
+    The scheduler adds ``killed`` and ``hung``, of which a job cannot tell.
+    """
+    if isinstance(error, DivergedError | MemoryShortError):
+        return error.cause
+    if disk_full(error):
+        return "disk"
+    return "refused" if exit_code(error) == REFUSED else "error"
 
 
 @contextlib.contextmanager
@@ -250,27 +313,27 @@ def recorded_failure(folder: RunFolder) -> Iterator[None]:
         with contextlib.suppress(
             OSError, RecordsError
         ):  # a full disk, or no folder: stderr has it all the same
-            folder.set_status("failed", error=one_line(error), exit_code=exit_code(error))
+            folder.set_status(
+                "failed", error=one_line(error), exit_code=exit_code(error), cause=cause_of(error)
+            )
         raise
 
 
 def run_job(main: Callable[[], None]) -> int:
     """Run ``main`` and turn how it ended into the exit code, for ``sys.exit``.
 
-    One line on stderr for what a user can cause (``ConfigError``, ``RecordsError``, a full disk);
-    the traceback, also on stderr, for anything unforeseen.
+    One line on stderr for what has a name (``ConfigError``, ``RecordsError``, a full disk, a loss that
+    diverged); the traceback, also on stderr, for anything unforeseen.
     """
     try:
         main()
     except (Interrupted, KeyboardInterrupt):
         return INTERRUPTED
-    except (ConfigError, RecordsError) as error:
-        print(one_line(error), file=sys.stderr)
-        return REFUSED
     except Exception as error:
-        if disk_full(error):
-            print(one_line(error), file=sys.stderr)
-            return REFUSED
-        traceback.print_exc()
-        return FAILED
+        with contextlib.suppress(OSError):  # stderr is a file, perhaps on the disk that is full
+            if cause_of(error) == "error":
+                traceback.print_exc()
+            else:
+                print(one_line(error), file=sys.stderr)
+        return exit_code(error)
     return DONE

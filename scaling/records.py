@@ -4,9 +4,12 @@
     <folder>/costs.json        a transformer run's parameters and FLOPs by part (scaling.flops)
     <folder>/metrics.jsonl     one JSON object a line, appended; a torn last line is ignored
     <folder>/status.json       state, attempt, step, heartbeat, error; replaced atomically, by one process
-    <folder>/failure.json      error and exit code of the process that failed first, in this attempt
+    <folder>/failure.json      error, exit code and cause of the process that failed first, in this attempt
+    <folder>/memory.json       the micro-batch that fitted into a device's memory (scaling.memory)
     <folder>/data.json         fingerprint of the images that a tokenizer or a token cache is made from
     <folder>/checkpoints/      step-<n>/ folders of safetensors and JSON (scaling.checkpoint)
+    <folder>/branches/         step-<n>/ checkpoints that shorter runs start from (scaling.branches)
+    <folder>/shared.json       the part of a run that another did for it: which run, steps, tokens, FLOPs
     <folder>/snapshots/        step-<n>.safetensors: weights along the way, if the config asks for any
     <folder>/final/            weights.safetensors
 
@@ -115,6 +118,15 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def branches(self) -> Path:
+        """Where the checkpoints lie that shorter runs of the same config start from."""
+        return self.path / "branches"
+
+    def branch(self, step: int) -> Path:
+        """The folder of one of them; whole once it is there."""
+        return self.branches / f"step-{step:09d}"
+
+    @property
     def weights(self) -> Path:
         """The file of a finished run's weights."""
         return self.path / "final" / "weights.safetensors"
@@ -166,6 +178,27 @@ class RunFolder:
         parts = ("params", "flops_per_image")
         if not isinstance(value, dict) or not all(isinstance(value.get(part), dict) for part in parts):
             raise RecordsError(f"{file}: expected a JSON object with {' and '.join(parts)} by part")
+        return value
+
+    def write_shared(self, shared: dict[str, Any] | None) -> None:
+        """Write ``shared.json``; None for a run that did all of its steps itself."""
+        if shared is None:
+            (self.path / "shared.json").unlink(missing_ok=True)
+        else:
+            write_json(self.path / "shared.json", shared)
+
+    def shared(self) -> dict[str, Any]:
+        """``run``, ``step``, ``tokens`` and ``flops`` of the part that another run did; zeros if none did.
+
+        Raises:
+            RecordsError: the file is not of this form.
+        """
+        value = _read_if_there(self.path / "shared.json", {"run": None, "step": 0, "tokens": 0, "flops": 0})
+        keys = ("step", "tokens", "flops")
+        if not isinstance(value, dict) or not all(isinstance(value.get(key), int) for key in keys):
+            raise RecordsError(
+                f"{self.path / 'shared.json'}: expected a JSON object with run and whole {', '.join(keys)}"
+            )
         return value
 
     # -- images ------------------------------------------------------------------------------
@@ -261,8 +294,8 @@ class RunFolder:
     def status(self) -> dict[str, Any]:
         """``state`` and what else was set; ``{"state": "waiting"}`` before the first start.
 
-        After a failure the state is ``failed``, with the ``error`` and ``exit_code`` of the process that
-        failed first, whatever the others went on to write.
+        After a failure the state is ``failed``, with the ``error``, ``exit_code`` and ``cause`` of the
+        process that failed first, whatever the others went on to write.
         """
         failure = _read_if_there(self._failure, {})  # before the rest: it may be forgotten at this moment
         return self._own_status() | failure
@@ -288,14 +321,15 @@ class RunFolder:
         if state not in STATES:
             raise ValueError(f"unknown state {state!r}")
         known = self._own_status()
-        if state in ("running", "done"):
-            known.pop("error", None)
-            known.pop("exit_code", None)
+        if state != "failed":
+            for name in ("error", "exit_code", "cause"):
+                known.pop(name, None)
         write_json(self.path / "status.json", known | more | {"state": state, "heartbeat": time.time()})
 
-    def fail(self, error: str, exit_code: int) -> None:
+    def fail(self, error: str, exit_code: int, cause: str) -> None:
         """Record a failure, from any process of a job and at any time; only the first one counts."""
-        value = {"state": "failed", "error": error, "exit_code": exit_code, "heartbeat": time.time()}
+        value = {"state": "failed", "error": error, "exit_code": exit_code, "cause": cause}
+        value["heartbeat"] = time.time()
         with (self.path / ".failure.lock").open("a") as guard:
             fcntl.flock(guard, fcntl.LOCK_EX)
             if not self._failure.exists():

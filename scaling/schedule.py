@@ -8,16 +8,32 @@ from __future__ import annotations
 
 import math
 
-from scaling.config import TrainConfig
+from scaling.config import TrainConfig, decay_start
 
 
 def learning_rate(train: TrainConfig, step: int, total_steps: int) -> float:
     """Learning rate of 0-based ``step``; linear warm-up, then the chosen shape down to ``lr_end``."""
-    warmup = round(train.warmup * total_steps)
+    warmup = round(train.warmup * total_steps) if train.warmup_steps is None else train.warmup_steps
     if step < warmup:
         return train.peak_lr * (train.lr_start + (1 - train.lr_start) * step / warmup)
+    if train.schedule == "wsd":
+        return train.peak_lr * wsd(train, step, total_steps)
     progress = (step - warmup) / max(1, total_steps - 1 - warmup)
     return train.peak_lr * shape(train.schedule, progress, train.lr_end)
+
+
+def wsd(train: TrainConfig, step: int, total_steps: int) -> float:
+    """Share of the peak after warm-up: 1, then 1 − √p or 1 − p (2405.18392, eq. 1) down to ``lr_end``.
+
+    p is the share of the decay with this step, so the last step has ``lr_end`` itself. Before the decay the
+    value does not depend on ``total_steps``.
+    """
+    stable = decay_start(train, total_steps)
+    if step < stable:
+        return 1.0
+    progress = (step + 1 - stable) / (total_steps - stable)
+    fallen = math.sqrt(progress) if train.decay_shape == "1-sqrt" else progress
+    return train.lr_end + (1 - train.lr_end) * (1 - fallen)
 
 
 def shape(schedule: str, progress: float, end: float) -> float:

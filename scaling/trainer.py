@@ -9,17 +9,17 @@
   micro-batches; the loss is divided by the global token count, so accumulation changes only rounding.
 - No synchronisation inside the loop but at log points, where losses leave the device, and where
   several processes agree on leaving (``scaling.agreement``).
+- When memory runs out the step is taken again in smaller micro-batches (``scaling.memory``); a run whose
+  loss diverges is given up (``scaling.divergence``).
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
@@ -28,7 +28,12 @@ from torch import Tensor, nn
 
 from scaling import flops
 from scaling.agreement import Agreement, same_start
+from scaling.branches import ALONE, Sharing, branch_start, has_left, lines_to_share
 from scaling.checkpoint import (
+    NotFiniteError,
+    Tensors,
+    check_finite,
+    forget_newest,
     load_checkpoint,
     optimizer_tensors,
     restore_module,
@@ -36,35 +41,39 @@ from scaling.checkpoint import (
     save_checkpoint,
     sync_file,
 )
-from scaling.clock import Clock, device_name, peak_memory
+from scaling.clock import Clock, device_name, host_memory, peak_memory
 from scaling.config import PUBLISHED_SIDE, ConfigError, Device, LaunchConfig, Precision, RunConfig, from_dict
-from scaling.data.cache import CachedSplit, TokenCache, open_cache
-from scaling.data.sampler import batch_indices, batch_views
-from scaling.draws import step_draws
-from scaling.evaluation import evaluate, per_scale, token_losses
-from scaling.families.registry import FAMILIES, build, family_model
+from scaling.data.cache import TokenCache, open_cache
+from scaling.divergence import Divergence
+from scaling.evaluation import evaluate
+from scaling.families.registry import build, family_model
 from scaling.generation import sample_grid
-from scaling.mirror import Mirror
-from scaling.process import Interrupted, JobProcess, recorded_failure, run_job
+from scaling.layers.attention import back_end
+from scaling.memory import out_of_memory
+from scaling.objective import Objective
+from scaling.process import DivergedError, Interrupted, JobProcess, recorded_failure, run_job
 from scaling.records import RunFolder, finite, read_json
 from scaling.schedule import learning_rate, weight_decay
-from scaling.steps import step_scales, token_columns
+from scaling.steps import step_scales
 from scaling.tokenizer.vqvae import Tokenizer, load_tokenizer
+from scaling.trackers.mirror import Mirror
+from scaling.training_step import Batches, rehearse, train_step
 
 EVAL_BATCH = 64
 
 
-class TrainingError(RuntimeError):
-    """Training cannot go on (a loss that is not a number); the run is marked failed and never fitted."""
-
-
 def train(
-    folder: RunFolder, config: RunConfig, launch: LaunchConfig, cache: TokenCache, tokenizer: Tokenizer
+    folder: RunFolder,
+    config: RunConfig,
+    launch: LaunchConfig,
+    cache: TokenCache,
+    tokenizer: Tokenizer,
+    sharing: Sharing = ALONE,
 ) -> None:
     """Train the run in ``folder`` from its newest checkpoint to the end; every process calls it."""
     with recorded_failure(folder):
-        accelerator = make_accelerator(config, launch, folder)
-    _train(accelerator, folder, config, launch, cache, tokenizer)
+        accelerator = make_accelerator(config, launch)
+    _train(accelerator, folder, config, launch, cache, tokenizer, sharing)
     # DDP's reducer must not be the last to let go of gloo's group: it would wait, holding Python's lock, for
     # the group's thread, which may be waiting for that lock. A rank then never ends.
     accelerator.free_memory()
@@ -78,19 +87,30 @@ def _train(
     launch: LaunchConfig,
     cache: TokenCache,
     tokenizer: Tokenizer,
+    sharing: Sharing,
 ) -> None:
     """``train``, on these processes; the loop."""
     with JobProcess(folder, accelerator.is_main_process, accelerator.wait_for_everyone) as job:
         if accelerator.is_main_process:
             folder.write_costs(flops.costs(config))
+            if job.after_divergence:
+                forget_newest(folder.checkpoints)  # finite, but perhaps on its way already
+        accelerator.wait_for_everyone()
         state = State(config, launch, accelerator, tokenizer)
-        start, total = state.resume(folder), config.total_steps
+        start, shared = state.resume(folder, sharing.trunk)
+        total = config.total_steps
         train_split, val_split = cache.split("train"), cache.split("val")
-        mirror = Mirror(accelerator, config, launch, folder, start)
-        batches = Batches(config, launch, accelerator, train_split)
+        mirror = Mirror(accelerator, launch, folder, 0 if shared else start)
+        for line in shared:
+            mirror.log(line)
+        batches = Batches(config, launch, accelerator, train_split, folder)
+        before = [r["loss_avg"] for r in folder.metrics("train") if r["step"] <= start]
+        divergence = Divergence(config.model.vocab, accelerator.scaler is not None, before)
         eval_steps, snapshots = set(config.eval_steps), set(config.snapshot_steps.values())
-        clock = Clock(launch.checkpoint_seconds)
+        clock = Clock(launch.checkpoint_seconds, folder.status().get("seconds"))
         agreement, spent = Agreement(accelerator, start), flops.spent(config, start)
+        if start < total and accelerator.num_processes > 1:
+            rehearse(state, batches)
         for step in range(start, total):
             set_rates(state.optimizer, config, step)
             scales = step_scales(config.model, config.seed, step)
@@ -100,35 +120,41 @@ def _train(
             if done % launch.log_every == 0 or done == total:
                 values = training_record(config, accelerator, sums, done, spent, train_split.images)
                 speed = clock.lap(done - start) * config.train.batch
-                if not finite(values["loss_avg"]):
-                    raise TrainingError(f"the loss became {values['loss_avg']} at step {done}")
+                job.beat(step=done, total_steps=total)
+                divergence.look(values["loss_avg"], values["grad_norm"], done)
                 mirror.log(values | {"images_per_second": speed})
-                job.beat(step=done, total_steps=total, loss=values["loss_avg"], images_per_second=speed)
+                job.beat(loss=values["loss_avg"], images_per_second=speed, seconds=dict(clock.seconds))
             if done in eval_steps:
-                with clock.paused():
+                with clock.paused("evaluation"):
                     evaluation = evaluate(
                         state.bare, config.model, state.quantizer, val_split, accelerator,
                         cached=config.tokenizer.scales, images=config.evaluation.images,
-                        batch=launch.micro_batch or EVAL_BATCH,
+                        batch=launch.micro_batch or EVAL_BATCH, on_batch=job.beat,
                     )  # fmt: skip
                 record = evaluation_record(config, done, spent, train_split.images) | evaluation.record()
                 if not finite(record["loss_avg"]):
-                    raise TrainingError(f"the validation loss became {record['loss_avg']} at step {done}")
+                    raise DivergedError(f"the validation loss became {record['loss_avg']} at step {done}")
                 mirror.log(record)
             if done in snapshots and accelerator.is_main_process:
-                with clock.paused():
+                with clock.paused("checkpoints"):
                     write_weights(state.bare, folder.snapshot(done))
+            if done in sharing.leave:
+                with clock.paused("checkpoints"):
+                    state.leave(folder, done)
             leave, due = agreement.ask(done, job.should_stop(), clock.checkpoint_due())
             if (leave or due) and done < total:
-                with clock.paused():
+                with clock.paused("checkpoints"):
                     state.save(folder, done)
                 clock.checkpointed()
                 if leave:
                     raise Interrupted
         if start < total:
-            state.save(folder, total)
-        finish(folder, config, launch, state, tokenizer)
-        job.beat(step=total, total_steps=total, **machine_facts(config, launch, accelerator, clock))
+            with clock.paused("checkpoints"):
+                state.save(folder, total)
+        with clock.paused("samples"):
+            finish(folder, config, launch, state, tokenizer)
+        facts = machine_facts(config, launch, accelerator, clock)
+        job.beat(step=total, total_steps=total, micro_batch=batches.micro.size, **facts)
         mirror.close()
         accelerator.wait_for_everyone()
 
@@ -152,37 +178,74 @@ class State:
         optimizer = torch.optim.AdamW(
             groups, lr=train.peak_lr, betas=train.betas, eps=train.eps, weight_decay=0.0, fused=True
         )
-        self.model, self.optimizer = accelerator.prepare(self.bare, optimizer)
+        self.model, self.optimizer = accelerator.prepare(Objective(family_model(self.bare)), optimizer)
         self.model.train()
 
     def save(self, folder: RunFolder, step: int) -> None:
-        """Write the checkpoint of ``step`` (main process; the others wait)."""
+        """Write the checkpoint of ``step`` (main process; the others wait).
+
+        Raises:
+            DivergedError: (in all of them) weights or moments are not finite any more.
+        """
+        tensors = self._finite_tensors(step)
         if self.accelerator.is_main_process:
-            scaler = self.accelerator.scaler
-            facts = {
-                "step": step,
-                "tokenizer": self.tokenizer_hash,
-                "scaler": scaler.state_dict() if scaler is not None else None,
-            }
-            tensors = {
-                "model": {n: t.detach() for n, t in self.bare.state_dict().items()},
-                "optimizer": optimizer_tensors(self.optimizer.optimizer, self.names),
-            }
             folder.sync()  # lines behind the checkpoint would never be written again
-            save_checkpoint(folder.checkpoints, step, tensors, facts)
+            save_checkpoint(folder.checkpoints, step, tensors, self._facts(step))
         self.accelerator.wait_for_everyone()
 
-    def resume(self, folder: RunFolder) -> int:
-        """Restore the newest sound checkpoint; returns the steps already done.
+    def leave(self, folder: RunFolder, step: int) -> None:
+        """Write what shorter runs of this config start from, unless it is there (main process; the others
+        wait). Raises as ``save``."""
+        tensors = self._finite_tensors(step)
+        if self.accelerator.is_main_process and not has_left(folder, step):
+            facts = self._facts(step) | {"lines": lines_to_share(folder)}
+            save_checkpoint(folder.branches, step, tensors, facts, keep=None)
+        self.accelerator.wait_for_everyone()
+
+    def _facts(self, step: int) -> dict[str, Any]:
+        scaler = self.accelerator.scaler
+        return {
+            "step": step,
+            "tokenizer": self.tokenizer_hash,
+            "scaler": scaler.state_dict() if scaler is not None else None,
+        }
+
+    def _finite_tensors(self, step: int) -> Tensors:
+        tensors = {
+            "model": {n: t.detach() for n, t in self.bare.state_dict().items()},
+            "optimizer": optimizer_tensors(self.optimizer.optimizer, self.names),
+        }
+        try:
+            check_finite(tensors)
+        except NotFiniteError as error:
+            raise DivergedError(f"after step {step} {error}") from None
+        return tensors
+
+    def resume(self, folder: RunFolder, trunk: RunFolder | None) -> tuple[int, list[dict[str, Any]]]:
+        """Restore the newest sound checkpoint, else what ``trunk`` has left, else nothing.
+
+        Returns:
+            The steps already done; the trunk's lines of metrics up to there, if it did them.
 
         Raises:
             ConfigError: the checkpoint was trained on tokens of another tokenizer.
             RecordsError: it could not be read, or another process has found another one.
         """
-        checkpoint = load_checkpoint(folder.checkpoints)
+        checkpoint, lines = load_checkpoint(folder.checkpoints), list[dict[str, Any]]()
+        resumed = checkpoint is not None
+        if checkpoint is None and trunk is not None:
+            checkpoint = branch_start(trunk, self.config)
+            lines = checkpoint.state["lines"] if checkpoint else []
         same_start(self.accelerator, folder.checkpoints, checkpoint.step if checkpoint else 0)
+        if self.accelerator.is_main_process and not resumed:
+            spent = flops.spent(self.config, checkpoint.step) if checkpoint else None
+            folder.write_shared(
+                {"run": trunk.name, "step": checkpoint.step, "tokens": spent.tokens, "flops": spent.flops}
+                if trunk and checkpoint and spent
+                else None
+            )
         if checkpoint is None:
-            return 0
+            return 0, []
         trained_on = checkpoint.state["tokenizer"]
         if trained_on != self.tokenizer_hash:
             raise ConfigError(
@@ -193,76 +256,7 @@ class State:
         restore_optimizer(self.optimizer.optimizer, self.names, checkpoint.tensors["optimizer"])
         if checkpoint.state["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
-        return checkpoint.step
-
-
-class Batches:
-    """This process's micro-batches of each global batch."""
-
-    def __init__(
-        self, config: RunConfig, launch: LaunchConfig, accelerator: Accelerator, split: CachedSplit
-    ) -> None:
-        self.config, self.split, self.device = config, split, accelerator.device
-        batch, world = config.train.batch, accelerator.num_processes
-        if batch < world:
-            raise ConfigError(f"train.batch {batch} is smaller than the {world} processes that share it")
-        shares = np.array_split(np.arange(batch), world)
-        # Every process takes the same number of micro-batches: gradients are exchanged on the last.
-        largest = len(shares[0])
-        micros = min(-(-largest // (launch.micro_batch or largest)), len(shares[-1]))
-        self.rows = np.array_split(shares[accelerator.process_index], micros)
-
-    def micro_batches(self, step: int, scales: tuple[int, ...]) -> list[tuple[Tensor, Tensor, Tensor | None]]:
-        """Tokens (b, L) of these scales, labels (b,) after label drop, and drop-path factors (depth, 2, b),
-        on the device."""
-        config, n = self.config, self.split.images
-        batch, seed = config.train.batch, config.seed
-        indices, views = batch_indices(seed, step, batch, n), batch_views(step, batch, n, config.data.views)
-        draws = step_draws(config.model, seed, step, batch)
-        labels = np.where(draws.drop_label, config.model.num_classes, self.split.labels[indices])
-        columns = None
-        if scales != config.tokenizer.scales:
-            columns = token_columns(config.tokenizer.scales, scales)
-        micro = []
-        for rows in self.rows:
-            cached = self.split.tokens(indices[rows], views[rows])
-            tokens = (cached if columns is None else cached[:, columns]).astype(np.int64)
-            path = None if draws.path_scale is None else torch.from_numpy(draws.path_scale[:, :, rows])
-            micro.append((
-                torch.from_numpy(tokens).to(self.device, non_blocking=True),
-                torch.from_numpy(labels[rows]).to(self.device, non_blocking=True),
-                None if path is None else path.to(self.device, non_blocking=True),
-            ))  # fmt: skip
-        return micro
-
-
-def train_step(state: State, batches: Batches, step: int, scales: tuple[int, ...]) -> dict[str, Tensor]:
-    """One optimiser step on token maps of these sides; returns sums over this process's images, on the
-    device."""
-    accelerator, config = state.accelerator, state.config
-    inputs, sizes = FAMILIES[config.model.family].inputs, tuple((side, side) for side in scales)
-    micro = batches.micro_batches(step, scales)
-    global_tokens = config.train.batch * sum(side * side for side in scales)
-    sums: dict[str, Tensor] = {}
-    for index, (tokens_BL, labels_B, path_scale) in enumerate(micro):
-        last = index == len(micro) - 1
-        with torch.no_grad():
-            given = inputs(state.quantizer, tokens_BL, sizes)
-        with contextlib.nullcontext() if last else accelerator.no_sync(state.model):
-            with accelerator.autocast():
-                logits_BLV = state.model(labels_B, given, path_scale, sizes)
-            loss_BL, wrong_BL = token_losses(logits_BLV, tokens_BL)
-            # DDP averages gradients over processes, so each contributes its sum times their number.
-            accelerator.backward(loss_BL.sum() * (accelerator.num_processes / global_tokens))
-        for name, values_BL in (("loss", loss_BL.detach()), ("error", wrong_BL)):
-            by_scale = per_scale(values_BL, scales).sum(dim=0)
-            for part, value in (("avg", values_BL.mean(dim=1).sum()), ("last", by_scale[-1])):
-                key = f"{name}_{part}"
-                sums[key] = sums[key] + value if key in sums else value
-    sums["grad_norm"] = accelerator.clip_grad_norm_(state.model.parameters(), config.train.clip)
-    state.optimizer.step()
-    state.optimizer.zero_grad()
-    return sums
+        return checkpoint.step, lines
 
 
 def decay_groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -343,10 +337,17 @@ def finish(
         return
     state.bare.eval()
     tokenizer.to(state.accelerator.device)
-    sample_grid(
-        family_model(state.bare), tokenizer, launch.sampling, config.model.num_classes,
-        folder.path / "samples.png",
-    )  # fmt: skip
+    try:
+        sample_grid(
+            family_model(state.bare), tokenizer, launch.sampling, config.model.num_classes,
+            folder.path / "samples.png",
+        )  # fmt: skip
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        print(
+            "out of memory: no pictures are drawn; 'sample' can draw them from the weights", file=sys.stderr
+        )
 
 
 def write_weights(model: nn.Module, target: Path) -> None:
@@ -367,14 +368,17 @@ def machine_facts(
         "threads": torch.get_num_threads(),
         "processes": accelerator.num_processes,
         "precision": config.train.precision,
+        "attention": back_end(launch.attention, accelerator.device),
         "peak_memory": peak_memory(accelerator.device),
+        "host_memory": host_memory(),
+        "seconds": dict(clock.seconds),
     }
     if clock.steps_per_second is not None:
         facts["images_per_second"] = clock.steps_per_second * config.train.batch
     return facts
 
 
-def make_accelerator(config: RunConfig, launch: LaunchConfig, folder: RunFolder) -> Accelerator:
+def make_accelerator(config: RunConfig, launch: LaunchConfig) -> Accelerator:
     """Accelerate for this run's precision and device.
 
     Raises:
@@ -383,8 +387,6 @@ def make_accelerator(config: RunConfig, launch: LaunchConfig, folder: RunFolder)
     return accelerator_on(
         launch.device,
         config.train.precision,
-        log_with=None if launch.wandb == "off" else "wandb",
-        project_dir=folder.path,
         # The model's buffers are constants: nothing to exchange before every step.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
@@ -420,7 +422,16 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--tokens", type=Path, required=True, help="the token cache's folder")
     parser.add_argument("--tokenizer", type=Path, required=True, help="the tokenizer run's folder")
+    parser.add_argument("--trunk", type=Path, help="folder of a longer run of the same config to start from")
+    parser.add_argument(
+        "--leave",
+        type=int,
+        nargs="+",
+        default=[],
+        help="steps after which to leave a checkpoint for shorter ones",
+    )
     args = parser.parse_args()
+    sharing = Sharing(RunFolder(args.trunk) if args.trunk else None, frozenset(args.leave))
     folder = RunFolder(args.folder)
     with recorded_failure(folder):
         config = from_dict(RunConfig, folder.config())
@@ -430,7 +441,7 @@ def main() -> None:
         torch.backends.cudnn.allow_tf32 = False  # φ decides tokens' inputs: the same on every device
         tokenizer = load_tokenizer(args.tokenizer / "tokenizer")
         cache = open_cache(args.tokens, tokenizer.content_hash, config.tokenizer.scales)
-    train(folder, config, launch, cache, tokenizer)
+    train(folder, config, launch, cache, tokenizer, sharing)
 
 
 if __name__ == "__main__":

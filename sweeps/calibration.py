@@ -4,9 +4,12 @@
   ``varscale`` in ``XDG_CACHE_HOME`` or ``~/.cache``, so that every root and every recipe can use it. A home
   shared by several machines is no trouble: every speed is kept under its device's name.
 - Every job that ran from start to end in one go leaves one entry in place of the last one of its kind: a run
-  its FLOP/s while training, and the seconds beside training and evaluating (starting, saving, sampling); a
-  tokenizer or token job its images per second, and the seconds beside. Evaluation is taken to run at
-  training's FLOP/s. A job too short for a sound speed (few log points) replaces no better one.
+  its FLOP/s while training and while evaluating, the seconds beside (starting, saving, sampling) and its peak
+  memory; a tokenizer or token job its images per second, and the seconds beside. A job too short for a sound
+  speed (few log points) replaces no better one.
+- Before anything has run, ``plan --calibrate`` leaves entries of the same form from a minute of short real
+  training (``sweeps.probes``), which replace all of the same kind at every depth: speeds from another day say
+  less of today than one made now.
 - An estimate takes entries of the same device, threads, processes and precision, and of the same family:
   one family's FLOP/s say little of another's. A depth that was finished
   here gives its own speed. Any other depth is told by its FLOPs: at a speed between those of the nearest
@@ -18,10 +21,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import math
 import os
 import statistics
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -36,13 +41,11 @@ from scaling.config import (
     from_dict,
     to_dict,
 )
-from scaling.flops import spent, train_flops
+from scaling.flops import forward_flops, spent, train_memory
 from scaling.records import RecordsError, RunFolder, finite, read_json, write_json
-from sweeps.machine import Allotment, Machine
+from sweeps.machine import Allotment, Machine, gpu_groups
 
 FILE = "calibration.json"
-FORWARD = 1 / 3
-"""Share of a training step's FLOPs that an evaluation needs."""
 LOG_POINTS = 5
 """A speed from fewer lines than this is kept only for want of a better one."""
 
@@ -85,6 +88,16 @@ class RunSpeed:
     """Not known of entries from before they were kept."""
     family: Family = "var"
     """Entries from before there were others are of this one."""
+    runs_per_gpu: int = 1
+    """Runs that shared its GPUs, itself included."""
+    evaluation_flops_per_second: float | None = None
+    """None: taken to be training's."""
+    checkpoint_seconds: float = 0.0
+    """Of every checkpoint along the way; 0 where ``other_seconds`` has them."""
+    closed_memory: int | None = None
+    """``scaling.flops.train_memory`` of the run."""
+    peak_memory: int | None = None
+    """Bytes of one process: of a GPU's tensors, or of the process on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -125,36 +138,59 @@ class Calibration:
     images: tuple[ImageSpeed, ...] = ()
 
     def run(
-        self, run: RunConfig, machine: Machine, allotment: Allotment, launch: LaunchConfig
+        self, run: RunConfig, machine: Machine, allotment: Allotment, launch: LaunchConfig, start: int = 0
     ) -> Estimate | None:
-        """Expected time of one run, or None when nothing like it was measured."""
-        wanted = (
-            *(machine.name, allotment.threads, launch.processes, launch.machines),
-            *(run.train.precision, run.model.family),
-        )
+        """Expected time of one run from step ``start`` on, or None when nothing like it was measured."""
         like = [
-            r
-            for r in self.runs
-            if (r.device, r.threads, r.processes, r.machines, r.precision, r.family) == wanted
-        ]
-        if not like:
+            r for r in self.runs if _runs_key(r) == run_key(run, machine, allotment.threads, launch)
+            and r.runs_per_gpu == allotment.per_gpu
+        ]  # fmt: skip
+        found = _nearest(like, run)
+        if found is None:
             return None
-        depth, length = run.model.depth, run.model.seq_len
-        nearest = min((r.seq_len for r in like), key=lambda n: (abs(math.log(n / length)), n))
-        like = sorted((r for r in like if r.seq_len == nearest), key=lambda r: r.depth)
-        below = [r for r in like if r.depth <= depth][-1:] or like[:1]
-        above = [r for r in like if r.depth >= depth][:1] or like[-1:]
-        low, high = below[0], above[0]
-        share = math.log(depth / low.depth) / math.log(high.depth / low.depth) if high != low else 0.0
-
-        speed = math.exp(
-            (1 - share) * math.log(low.flops_per_second) + share * math.log(high.flops_per_second)
+        low, high, share = found
+        between = _between(low, high, share)
+        speed = between(lambda r: r.flops_per_second)
+        training = training_flops(run, start) / speed
+        evaluating = evaluation_flops(run, start) / between(_evaluation_speed)
+        checkpoints = int(training / launch.checkpoint_seconds) if launch.checkpoint_seconds else 0
+        other, one_more = (
+            (1 - share) * low_seconds + share * high_seconds
+            for low_seconds, high_seconds in (
+                (low.other_seconds, high.other_seconds),
+                (low.checkpoint_seconds, high.checkpoint_seconds),
+            )
         )
-        other = (1 - share) * low.other_seconds + share * high.other_seconds
-        seconds = run_flops(run) / speed + other
-        depths = tuple(sorted({low.depth, high.depth}))
+        seconds = training + evaluating + other + checkpoints * one_more
+        depths, depth = tuple(sorted({low.depth, high.depth})), run.model.depth
         same = {low.settings, high.settings} == {run_settings(run, allotment, launch)}
-        return Estimate(seconds, depths, depths == (depth,) and nearest == length and same, same)
+        exact = depths == (depth,) and low.seq_len == run.model.seq_len and same
+        return Estimate(seconds, depths, exact, same)
+
+    def memory(
+        self, run: RunConfig, closed: int, machine: Machine, threads: int, launch: LaunchConfig
+    ) -> int | None:
+        """Peak bytes of one of the run's processes as measured here, or None when nothing like it was.
+
+        What the closed form lacks (libraries, what the allocator keeps) at the nearest depths, on a line
+        through two of them, is added to it.
+
+        Args:
+            closed: ``train_memory`` of the run.
+        """
+        measured: list[tuple[RunSpeed, int, int]] = [
+            (r, r.closed_memory, r.peak_memory)
+            for r in self.runs
+            if _runs_key(r) == run_key(run, machine, threads, launch)
+            and r.closed_memory is not None
+            and r.peak_memory is not None
+        ]
+        found = _nearest([r for r, _, _ in measured], run)
+        if found is None:
+            return None
+        lacks = {id(r): peak - form for r, form, peak in measured}
+        low, high, share = found
+        return round(closed + (1 - share) * lacks[id(low)] + share * lacks[id(high)])
 
     def image_job(
         self, job: str, config: TokenizerRunConfig, machine: Machine, threads: int, launch: LaunchConfig
@@ -169,6 +205,47 @@ class Calibration:
                 same = known.settings == image_settings(job, config, launch)
                 return Estimate(seconds, (), same, same)
         return None
+
+
+RunKey = tuple[str, int, int, int, str, str]
+
+
+def run_key(run: RunConfig, machine: Machine, threads: int, launch: LaunchConfig) -> RunKey:
+    """What an entry must agree on with a run to say anything of it."""
+    return (
+        *(machine.name, threads, launch.processes, launch.machines),
+        *(run.train.precision, run.model.family),
+    )
+
+
+def _runs_key(speed: RunSpeed) -> RunKey:
+    return (
+        *(speed.device, speed.threads, speed.processes, speed.machines),
+        *(speed.precision, speed.family),
+    )
+
+
+def _nearest(like: Sequence[RunSpeed], run: RunConfig) -> tuple[RunSpeed, RunSpeed, float] | None:
+    """The entries of the nearest depths on either side, and where the run lies between: 0 at the first, 1 at
+    the second, in log depth. One entry twice where there is none on a side."""
+    if not like:
+        return None
+    depth, length = run.model.depth, run.model.seq_len
+    nearest = min((r.seq_len for r in like), key=lambda n: (abs(math.log(n / length)), n))
+    ordered = sorted((r for r in like if r.seq_len == nearest), key=lambda r: r.depth)
+    low = ([r for r in ordered if r.depth <= depth][-1:] or ordered[:1])[0]
+    high = ([r for r in ordered if r.depth >= depth][:1] or ordered[-1:])[0]
+    share = math.log(depth / low.depth) / math.log(high.depth / low.depth) if high != low else 0.0
+    return low, high, share
+
+
+def _between(low: RunSpeed, high: RunSpeed, share: float) -> Callable[[Callable[[RunSpeed], float]], float]:
+    """A rate between two entries: a power law of the depth through both."""
+    return lambda rate: math.exp((1 - share) * math.log(rate(low)) + share * math.log(rate(high)))
+
+
+def _evaluation_speed(speed: RunSpeed) -> float:
+    return speed.evaluation_flops_per_second or speed.flops_per_second
 
 
 def speeds_file() -> Path:
@@ -201,25 +278,56 @@ def add(speed: RunSpeed | ImageSpeed) -> None:
 
     A speed from few log points does not replace one from more.
     """
+    with _changing() as known:
+        entries: list[RunSpeed | ImageSpeed] = [*known.runs, *known.images]
+        alike = [old for old in entries if _kind(old) == _kind(speed)]
+        if speed.points < LOG_POINTS and any(old.points > speed.points for old in alike):
+            return
+        _write(known, [speed], lambda old: _kind(old) == _kind(speed))
 
-    def kind(entry: RunSpeed | ImageSpeed) -> tuple[Any, ...]:
-        measured = ("flops_per_second", "other_seconds", "images_per_second", "points", "settings")
-        return (type(entry), *(v for k, v in vars(entry).items() if k not in measured))
 
+def replace_all(speeds: Sequence[RunSpeed | ImageSpeed]) -> None:
+    """Remember the speeds of one calibration in place of all older ones, of whatever depth, that an estimate
+    would take beside them."""
+    keys = {_runs_key(s) for s in speeds if isinstance(s, RunSpeed)}
+    kinds = {_kind(s) for s in speeds}
+    with _changing() as known:
+        _write(
+            known,
+            speeds,
+            lambda old: (isinstance(old, RunSpeed) and _runs_key(old) in keys) or _kind(old) in kinds,
+        )
+
+
+MEASURED = (
+    *("flops_per_second", "evaluation_flops_per_second", "images_per_second", "other_seconds"),
+    *("checkpoint_seconds", "closed_memory", "peak_memory", "points", "settings"),
+)
+"""Fields of an entry that say what was measured, not of what."""
+
+
+def _kind(entry: RunSpeed | ImageSpeed) -> tuple[Any, ...]:
+    return (type(entry), *(v for k, v in vars(entry).items() if k not in MEASURED))
+
+
+@contextlib.contextmanager
+def _changing() -> Iterator[Calibration]:
+    """What is known, while nobody else changes it."""
     file = speeds_file()
     file.parent.mkdir(parents=True, exist_ok=True)
     with (file.parent / ".lock").open("a+") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        known = load()
-        entries: list[RunSpeed | ImageSpeed] = [*known.runs, *known.images]
-        alike = [old for old in entries if kind(old) == kind(speed)]
-        if speed.points < LOG_POINTS and any(old.points > speed.points for old in alike):
-            return
-        if isinstance(speed, RunSpeed):
-            known = Calibration((*(r for r in known.runs if kind(r) != kind(speed)), speed), known.images)
-        else:
-            known = Calibration(known.runs, (*(i for i in known.images if kind(i) != kind(speed)), speed))
-        write_json(file, to_dict(known))
+        yield load()
+
+
+def _write(
+    known: Calibration,
+    new: Sequence[RunSpeed | ImageSpeed],
+    gone: Callable[[RunSpeed | ImageSpeed], bool],
+) -> None:
+    runs = [*(r for r in known.runs if not gone(r)), *(s for s in new if isinstance(s, RunSpeed))]
+    images = [*(i for i in known.images if not gone(i)), *(s for s in new if isinstance(s, ImageSpeed))]
+    write_json(speeds_file(), to_dict(Calibration(tuple(runs), tuple(images))))
 
 
 def measure_run(
@@ -234,22 +342,45 @@ def measure_run(
     logged = logged_speeds(folder)
     if not logged:
         return None
-    images = run.train.batch * run.total_steps
-    speed = statistics.median(logged) * spent(run, run.total_steps).flops / images
+    start, status = int(folder.shared()["step"]), folder.status()
+    per_image = spent(run, run.total_steps).flops / (run.train.batch * run.total_steps)
+    speed = statistics.median(logged) * per_image
+    flops, evaluated = training_flops(run, start), evaluation_flops(run, start)
+    evaluating = status.get("seconds", {}).get("evaluation") or evaluated / speed
+    return run_speed(
+        run, machine, allotment, launch,
+        flops_per_second=speed,
+        evaluation_flops_per_second=evaluated / evaluating,
+        other_seconds=max(0.0, seconds - flops / speed - evaluating),
+        points=len(logged),
+        peak_memory=status.get("peak_memory"),
+    )  # fmt: skip
+
+
+def run_speed(
+    run: RunConfig, machine: Machine, allotment: Allotment, launch: LaunchConfig, **measured: Any
+) -> RunSpeed:
+    """An entry of a run on a machine.
+
+    Args:
+        measured: fields of the entry that say what was measured.
+    """
     return RunSpeed(
-        machine.name,
-        allotment.threads,
-        launch.processes,
-        launch.machines,
-        run.train.precision,
-        run.model.depth,
-        run.model.seq_len,
-        speed,
-        max(0.0, seconds - run_flops(run) / speed),
-        len(logged),
-        run_settings(run, allotment, launch),
-        run.model.family,
-    )
+        machine.name, allotment.threads, launch.processes, launch.machines, run.train.precision,
+        run.model.depth, run.model.seq_len,
+        settings=run_settings(run, allotment, launch),
+        family=run.model.family,
+        runs_per_gpu=allotment.per_gpu,
+        closed_memory=closed_memory(run, machine, launch),
+        **measured,
+    )  # fmt: skip
+
+
+def closed_memory(run: RunConfig, machine: Machine, launch: LaunchConfig) -> int:
+    """``train_memory`` of one of a run's processes."""
+    micro = micro_batch(run.train.batch, launch.machines * launch.processes, launch)
+    device = "cuda" if gpu_groups(machine, launch) else "cpu"
+    return train_memory(run.model, micro, run.train.precision, device, launch.attention)
 
 
 def measure_images(
@@ -294,7 +425,7 @@ def run_settings(run: RunConfig, allotment: Allotment, launch: LaunchConfig) -> 
     """Of a run."""
     return Settings(
         run.train.batch,
-        _micro_batch(run.train.batch, launch.machines * launch.processes, launch),
+        micro_batch(run.train.batch, launch.machines * launch.processes, launch),
         launch.compile,
         launch.attention,
         len(allotment.slots),
@@ -308,23 +439,30 @@ def image_settings(job: str, config: TokenizerRunConfig, launch: LaunchConfig) -
         return Settings()
     return Settings(
         train.batch,
-        _micro_batch(train.batch, launch.processes, launch),
+        micro_batch(train.batch, launch.processes, launch),
         lpips=train.lpips_weights is not None and train.perceptual > 0,
         adversarial=train.adversarial.weight > 0,
         random_sizes=train.random_sizes if config.tokenizer.quantizer == "scalable" else 0,
     )
 
 
-def _micro_batch(batch: int, processes: int, launch: LaunchConfig) -> int:
+def micro_batch(batch: int, processes: int, launch: LaunchConfig) -> int:
+    """Images per forward pass and process."""
     share = -(-batch // processes)
     return min(launch.micro_batch or share, share)
 
 
-def run_flops(run: RunConfig) -> float:
-    """FLOPs of a run's training and evaluations."""
+def training_flops(run: RunConfig, start: int = 0) -> int:
+    """FLOPs of a run's training after the first ``start`` steps."""
+    return spent(run, run.total_steps).flops - spent(run, start).flops
+
+
+def evaluation_flops(run: RunConfig, start: int = 0) -> float:
+    """FLOPs of a run's evaluations after the first ``start`` steps."""
     assert run.data.val_images is not None  # RunConfig has checked it
-    evaluated = len(run.eval_steps) * min(run.evaluation.images or run.data.val_images, run.data.val_images)
-    return spent(run, run.total_steps).flops + FORWARD * train_flops(run.model) * evaluated
+    evaluations = sum(step > start for step in run.eval_steps)
+    evaluated = evaluations * min(run.evaluation.images or run.data.val_images, run.data.val_images)
+    return float(forward_flops(run.model) * evaluated)
 
 
 def image_precision(job: str, config: TokenizerRunConfig) -> str:

@@ -6,25 +6,37 @@ imports none of it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
-from scaling.config import ConfigError, DataConfig, RunConfig
-from scaling.records import RecordsError
-from sweeps import calibration
+from scaling.config import ConfigError, DataConfig, RunConfig, require
+from scaling.records import RecordsError, RunFolder
+from sweeps import calibration, slurm
+from sweeps.costs import Pricing, Rates, rates
+from sweeps.forecasts import Forecasts, MakeForecasts, point_of, surprises
 from sweeps.jobs import Job
-from sweeps.machine import this_machine
+from sweeps.machine import allot, this_machine
 from sweeps.meeting import Follower, Leader
-from sweeps.plan import Plan, make_plan, stage_of, stage_threads
+from sweeps.patience import Patience
+from sweeps.plan import Plan, Stated, chosen_per_gpu, make_plan, stage_of, stage_threads
+from sweeps.probes import probe_machine
 from sweeps.progress import Progress
 from sweeps.recipe import Recipe
 from sweeps.scheduler import JobState, Result, Scheduler
-from sweeps.tables import plan_notes, plan_table, size, status_table, sweep_folders
+from sweeps.share import TimeSpent, time_spent
+from sweeps.slurm_queue import Seen, standing
+from sweeps.status import beats, read_status, watch
+from sweeps.tables import plan_notes, plan_table, size, sweep_folders
+from sweeps.trunks import clear
 
 Resolve = Callable[[DataConfig], DataConfig]
 CheckData = Callable[[DataConfig], str]
@@ -38,33 +50,98 @@ def console() -> Console:
     return found if found.is_terminal else Console(width=WIDEST)
 
 
-def plan(recipe: Recipe, root: Path, resolve: Resolve) -> Plan:
+def plan(recipe: Recipe, root: Path, resolve: Resolve, stated: Stated | None = None) -> Plan:
     """The plan of a sweep on this machine.
 
     Args:
         resolve: fills in the counts that the recipe leaves to the data.
+        stated: a device in place of this machine's.
 
     Raises:
         ConfigError: the data is needed for that and is not there; the recipe does not fit it or the machine.
     """
-    return make_plan(recipe, resolve(recipe.data), root, this_machine(recipe.launch.device))
+    device = recipe.launch.device if stated is None else "cpu"
+    return make_plan(recipe, resolve(recipe.data), root, this_machine(device), stated)
 
 
-def show_plan(made: Plan, as_json: bool, check_data: CheckData) -> int:
+def calibrate(made: Plan, check_data: CheckData, as_json: bool) -> int:
+    """Time this machine for a plan's runs in a minute of short real training; the exit code.
+
+    Args:
+        as_json: standard output is for the plan alone.
+
+    Raises:
+        ConfigError: several machines share the runs, or no run fits into this machine.
+    """
+    out, launch = Console(stderr=True) if as_json else console(), made.recipe.launch
+    configs, stages = made.configs, [stage_of(j) for j in made.stage_jobs if j.kind == "tokenizer"]
+    alone = allot(
+        made.machine,
+        launch,
+        [calibration.closed_memory(c, made.machine, launch) for c in configs],
+        launch.runs_per_gpu or 1,
+    )
+    if (missing := _missing_data(made, check_data)) is not None:
+        say(out, f"note: the images are not there ({missing}); reading them is not timed")
+    say(out, f"timing {made.machine.name}, about a minute:")
+
+    def better(speeds: Sequence[calibration.RunSpeed], number: int) -> bool:
+        return chosen_per_gpu(configs, calibration.Calibration(tuple(speeds)), made.machine, launch) == number
+
+    display = Progress(out, len(alone.slots), quiet=True)
+    with display:
+        found = probe_machine(
+            made.folders.root, made.machine, launch, configs, stages, alone,
+            stage_threads(launch, made.machine), better, display.update,
+        )  # fmt: skip
+    for note in found.notes:
+        say(out, f"note: {note}")
+    if found.interrupted:
+        say(out, "stopped; nothing is remembered of this calibration")
+        return 130
+    if not found.speeds:
+        say(out, "nothing could be timed; times stay as they were")
+        return 1
+    calibration.replace_all(found.speeds)
+    return 0
+
+
+def show_plan(
+    made: Plan,
+    as_json: bool,
+    check_data: CheckData,
+    pricing: Pricing | None = None,
+    make_forecasts: MakeForecasts | None = None,
+    more: Mapping[str, Any] | None = None,
+) -> int:
     """Print the plan. A recipe that states its counts can be planned before its data is at hand.
 
     Data that is plainly not there is told in the words with which ``run`` will refuse.
+
+    Args:
+        more: for the JSON alone.
+
+    Raises:
+        ConfigError: a price or energy that does not apply.
     """
+    pricing = pricing or Pricing()
+    costs = rates(made, pricing.price, pricing.energy, pricing.pue)
+    forecasts = _forecasts(made, make_forecasts)
     missing = _missing_data(made, check_data)
     if as_json:
-        print(json.dumps(made.to_json() | {"missing_data": missing}, indent=1))
+        told = {
+            "missing_data": missing,
+            "costs": costs.to_json(made),
+            "forecasts": _forecasts_json(forecasts),
+        }
+        print(json.dumps(made.to_json() | told | dict(more or {}), indent=1))
         return 0
     out = console()
-    _print_plan(made, out)
+    print_plan(made, out, costs, forecasts)
     if missing is not None:
         data = made.data
-        _say(out, f"\nMISSING DATA: {missing}", "bold red")
-        _say(
+        say(out, f"\nMISSING DATA: {missing}", "bold red")
+        say(
             out,
             f"'run' and 'tokenize' will stop with this error. Planned with the recipe's own counts "
             f"({data.train_images} training and {data.val_images} validation images, "
@@ -85,21 +162,34 @@ def launch(made: Plan, jobs: Sequence[Job], check_data: CheckData) -> Result:
             started or written then.
     """
     out = console()
-    _print_plan(made, out)
-    _check_images(made, check_data)
+    print_plan(made, out)
+    check_images(made, check_data)
     made.write()
     jobs = recheck_tokens(jobs)
     display = Progress(out, len(made.allotment.slots))
+    before, started = time_spent(jobs), time.monotonic()
+
+    def on_done(state: JobState) -> None:
+        _calibrate(made, state, out)
+        clear(made.run_jobs)
+
+    clear(made.run_jobs)  # what a launcher that was killed had no time for
     scheduler = Scheduler(
-        jobs, made.allotment.slots, on_tick=display.update, on_done=lambda state: _calibrate(made, state, out)
+        jobs,
+        made.allotment.slots,
+        on_tick=display.update,
+        on_done=on_done,
+        patience=Patience.of(made.recipe.launch),
     )
     if all(state.phase == "done" for state in scheduler.states):
         out.print("everything is done already; nothing to train")
         return Result(tuple(scheduler.states), interrupted=False)
     with display:
         result = _lead(made, scheduler, out)
+    spent = TimeSpent(len(made.allotment.slots), time.monotonic() - started, before, time_spent(jobs))
+    say(out, spent.told(result.states, whole_machine=not any(made.allotment.slots)))
     tell(result, out)
-    _tell_unreadable(made, out)
+    tell_unreadable(made, out)
     return result
 
 
@@ -110,13 +200,13 @@ def follow(made: Plan) -> int:
         RecordsError: machine 0 runs another recipe.
     """
     out, launch = console(), made.recipe.launch
-    _print_plan(made, out)
+    print_plan(made, out)
     return Follower(
         made.folders.sweep,
         launch.machine_rank,
         made.run_jobs,
         made.allotment.slots[0],
-        lambda text: _say(out, text),
+        lambda text: say(out, text),
     ).run()
 
 
@@ -125,7 +215,7 @@ def _lead(made: Plan, scheduler: Scheduler, out: Console) -> Result:
     machines = made.recipe.launch.machines
     if machines == 1 or not any(state.job.kind == "run" for state in scheduler.states):
         return scheduler.run()
-    leader = Leader(made.folders.sweep, machines, lambda text: _say(out, text))
+    leader = Leader(made.folders.sweep, machines, lambda text: say(out, text))
     show, code = scheduler.on_tick, 1
 
     def tick(states: Sequence[JobState]) -> None:
@@ -155,13 +245,63 @@ def recheck_tokens(jobs: Sequence[Job]) -> list[Job]:
     return [replace(job, recheck=job.kind == "tokens" and wanted(job)) for job in jobs]
 
 
-def show_status(sweep: Path, as_json: bool) -> int:
-    """Print every job's state; nothing is imported, resolved or locked for it."""
+def show_status(sweep: Path, as_json: bool, live: bool, make_forecasts: MakeForecasts) -> int:
+    """Print every job's state, once or until nothing is left; nothing is resolved or locked for it.
+
+    Raises:
+        ConfigError: to be watched, but not on a terminal.
+    """
     if as_json:
-        print(json.dumps({name: folder.status() for name, folder in sweep_folders(sweep)}, indent=1))
-    else:
-        console().print(status_table(sweep))
+        require(not live, "--watch is for a terminal; --json is read once")
+        seen = _seen(sweep)
+        print(json.dumps({name: _status(folder, seen) for name, folder in sweep_folders(sweep)}, indent=1))
+        return 0
+    out = console()
+    if live:
+        require(out.is_terminal, "--watch is for a terminal; without it 'status' prints once")
+        with contextlib.suppress(KeyboardInterrupt):  # how a person leaves
+            watch(sweep, make_forecasts, out, _seen)
+        return 0
+    found = read_status(sweep, make_forecasts, _seen(sweep))
+    out.print(found.table(out.width))
+    for text in found.words():
+        say(out, text)
     return 0
+
+
+def _seen(sweep: Path) -> dict[Path, Seen]:
+    """What Slurm says of the sweep's jobs; nothing where none was handed to it."""
+    try:
+        return slurm.look(sweep.parent, {folder.path for _, folder in sweep_folders(sweep)})
+    except RecordsError as error:  # what the folders say is worth showing all the same
+        print(f"note: {error}", file=sys.stderr)
+        return {}
+
+
+def _status(folder: RunFolder, seen: Mapping[Path, Seen]) -> dict[str, Any]:
+    """A job's status; with what Slurm says of it, where it was handed to Slurm."""
+    status, found = folder.status(), seen.get(folder.path)
+    if found is None:
+        return status
+    state, _ = standing(status["state"], found, beats(status))
+    return status | {"state": state, "slurm": {"id": found.id, "state": found.state, "reason": found.reason}}
+
+
+def _forecasts(made: Plan, make_forecasts: MakeForecasts | None) -> Forecasts | None:
+    """What the finished runs say of the others; None before any is finished."""
+    if make_forecasts is None or not any(run.state == "done" for run in made.runs):
+        return None
+    return make_forecasts(made.folders.sweep, {c.run_id: point_of(c) for c in made.configs})
+
+
+def _forecasts_json(forecasts: Forecasts | None) -> dict[str, dict[str, float | bool | None]]:
+    return {
+        run: {
+            "loss_last": f.value, "low": f.low, "high": f.high, "level": f.level,
+            "reached": f.reached, "outside": f.outside,
+        }
+        for run, f in (forecasts.runs.items() if forecasts else ())
+    }  # fmt: skip
 
 
 def _calibrate(made: Plan, state: JobState, out: Console) -> None:
@@ -184,10 +324,10 @@ def _calibrate(made: Plan, state: JobState, out: Console) -> None:
         if speed is not None:
             calibration.add(speed)
     except (OSError, RecordsError) as error:  # records that cannot be read, a home that cannot be written
-        _say(out, f"note: this speed is not remembered: {error}")
+        say(out, f"note: this speed is not remembered: {error}")
 
 
-def _check_images(made: Plan, check_data: CheckData) -> None:
+def check_images(made: Plan, check_data: CheckData) -> None:
     stages = made.stage_jobs
     needed = any(job.state != "done" for job in stages)
     if not needed and made.data.source == "hf":
@@ -219,14 +359,27 @@ def _missing_data(made: Plan, check_data: CheckData) -> str | None:
     return None
 
 
-def _print_plan(made: Plan, out: Console) -> None:
-    out.print(plan_table(made, out.width))
-    for warning in (*plan_notes(made), *_warnings(made)):
-        _say(out, warning)
+def print_plan(
+    made: Plan, out: Console, costs: Rates | None = None, forecasts: Forecasts | None = None
+) -> None:
+    out.print(plan_table(made, out.width, costs, forecasts.runs if forecasts else None))
+    notes = [*plan_notes(made), *(costs.notes(made) if costs else [])]
+    if forecasts is not None:
+        notes.append("forecast: loss_last of a new run at 95 %, by the law fitted to the finished runs")
+        notes += [*surprises(forecasts), *([forecasts.note] if forecasts.note else [])]
+    for text in (*notes, *_warnings(made)):
+        say(out, text)
 
 
 def _warnings(made: Plan) -> list[str]:
     found = []
+    if made.machine.gpu_memory and (
+        large := [r for r in made.runs if r.memory_per_process > made.machine.gpu_memory]
+    ):
+        found.append(
+            f"warning: {large[0].run} needs about {size(large[0].memory_per_process)} of a GPU's "
+            f"{size(made.machine.gpu_memory)}; a smaller --launch.micro-batch changes no result"
+        )
     if made.peak_memory > made.machine.memory and not made.allotment.slots[0]:
         found.append(
             f"warning: the largest runs need about {size(made.peak_memory)} of memory, this machine has "
@@ -242,29 +395,32 @@ def _warnings(made: Plan) -> list[str]:
 def tell(result: Result, out: Console) -> None:
     """What did not work, why, and where to read more; what to do next."""
     if result.interrupted:
-        _say(out, "stopped; the same command goes on from what is there")
+        say(out, "stopped; the same command goes on from what is there")
         return
     for state in result.failed:
-        _say(out, f"\n{state.job.name}: {state.phase}: {state.reason}")
+        say(out, f"\n{state.job.name}: {state.phase}: {state.reason}")
         if state.code not in (None, 2):
             for text in state.log_tail():
-                _say(out, f"    {text}")
-        _say(out, f"    log: {state.log}")
+                say(out, f"    {text}")
+        say(out, f"    log: {state.log}")
+    for state in result.missing:
+        if state.phase == "blocked" and state.reason:
+            say(out, f"{state.job.name}: blocked: {state.reason}")
     if result.missing:
         names = ", ".join(state.job.name for state in result.missing)
-        _say(out, f"\nmissing: {names}; the same command tries again and goes on from what is there")
+        say(out, f"\nmissing: {names}; the same command tries again and goes on from what is there")
 
 
-def _tell_unreadable(made: Plan, out: Console) -> None:
+def tell_unreadable(made: Plan, out: Console) -> None:
     for tokens in (job.folder for job in made.stage_jobs if job.kind == "tokens"):
         for split, count in tokens.unreadable().items():
-            _say(
+            say(
                 out,
                 f"note: {count} unreadable {split} images were skipped; {tokens.path / 'log.txt'} names them",
             )
 
 
-def _say(out: Console, text: str, style: str = "") -> None:
+def say(out: Console, text: str, style: str = "") -> None:
     out.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
 
 

@@ -1,8 +1,9 @@
 """Jobs: what a sweep starts as processes, and the folders that they work in.
 
-- A sweep has three kinds: tokenizers, their token caches, runs. Measuring pictures and training a classifier
-  are jobs by themselves (``sweeps.fidelity``). Each reads ``config.json`` and ``launch.json`` of its folder,
-  so a command line holds paths only. A run needs its own tokens, and no other tokenizer's.
+- A sweep has three kinds: tokenizers, their token caches, runs. Measuring pictures, training a classifier
+  (``sweeps.fidelity``) and timing a machine (``sweeps.probes``) are jobs by themselves. Each reads
+  ``config.json`` and ``launch.json`` of its folder, so a command line holds paths only. A run needs its own
+  tokens, and no other tokenizer's.
 - One process per run is started plainly; several through ``accelerate launch --multi_gpu``, which is also
   what starts several on a machine without GPUs (``--cpu --num_processes 2`` silently runs one). Port 0
   lets two such runs live on one machine.
@@ -37,12 +38,15 @@ from scaling.records import RecordsError, RunFolder, read_json, write_json
 PACKAGE_ROOT = Path(__file__).resolve().parents[1]
 LAUNCHER = "VARSCALE_LAUNCHER_PID"
 """Tells a job its launcher, so that it leaves when the launcher is gone."""
+HANG = "VARSCALE_HANG_SECONDS"
+"""Tells a job after which silence it is ended, so that it can show before where it stands."""
 PRODUCTS = {
     "tokenizer": "tokenizer/tokenizer.json",
     "tokens": "manifest.json",
     "run": "final/weights.safetensors",
     "fidelity": "measured.json",
     "classifier": "classifier.json",
+    "probe": "speed.json",
 }
 MODULES = {
     "tokenizer": "scaling.tokenizer.training",
@@ -50,8 +54,9 @@ MODULES = {
     "run": "scaling.trainer",
     "fidelity": "scaling.fidelity.job",
     "classifier": "scaling.fidelity.train_classifier",
+    "probe": "scaling.probe",
 }
-Kind = Literal["tokenizer", "tokens", "run", "fidelity", "classifier"]
+Kind = Literal["tokenizer", "tokens", "run", "fidelity", "classifier", "probe"]
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,15 @@ class Job:
     launch: dict[str, Any] = field(default_factory=dict)
     """Written to ``launch.json`` before the start."""
     weight: float = 0.0
-    """Training FLOPs; the heaviest job that can start is started first."""
+    """Training FLOPs; the heaviest job that can start, with what waits for it, is started first."""
+    behind: float = 0.0
+    """Training FLOPs of the runs that branch off this one."""
+    trunk: RunFolder | None = None
+    """The run whose checkpoint this one starts from: it waits for that, not for the trunk's end."""
+    start: int = 0
+    """The step of that checkpoint."""
+    leave: tuple[int, ...] = ()
+    """Steps after which this job leaves such checkpoints."""
     seconds: float | None = None
     """Expected, when the machine was measured."""
     config: RunConfig | TokenizerRunConfig | None = None
@@ -80,6 +93,18 @@ class Job:
     """Has all places of the machine to itself."""
     recheck: bool = False
     """Started even when it is done: it looks through what it has left and mends it."""
+
+    @property
+    def lacks(self) -> RunFolder | None:
+        """Its trunk, while that has not left what this job, which has done nothing yet, starts from."""
+        if self.trunk is None or self.trunk.branch(self.start).exists():
+            return None
+        return None if any(self.folder.checkpoints.glob("step-*")) else self.trunk
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """What its module is given: ``command`` without what starts it here."""
+        return self.command[self.command.index(MODULES[self.kind]) + 1 :]
 
     @property
     def state(self) -> str:
@@ -143,20 +168,42 @@ def tokenizer_jobs(
     return jobs
 
 
-def run_job(folders: Folders, run: RunConfig, launch: LaunchConfig, threads: int, weight: float) -> Job:
-    """The job that trains one run."""
+def run_job(
+    folders: Folders,
+    run: RunConfig,
+    launch: LaunchConfig,
+    threads: int,
+    weight: float,
+    trunk: str | None = None,
+    start: int = 0,
+    leave: Sequence[int] = (),
+) -> Job:
+    """The job that trains one run.
+
+    Args:
+        trunk: the run that it branches off, after ``start`` steps.
+        leave: steps after which runs branch off this one.
+    """
     folder, stage = folders.sweep / run.run_id, run.tokenizer_run
     tokenizer, tokens = folders.tokenizer(stage), folders.tokens(stage)
+    arguments = [str(folder), "--tokens", str(tokens), "--tokenizer", str(tokenizer)]
+    if trunk is not None:
+        arguments += ["--trunk", str(folders.sweep / trunk)]
+    if leave:
+        arguments += ["--leave", *map(str, leave)]
     return Job(
         run.run_id,
         "run",
         RunFolder(folder),
-        command("run", [str(folder), "--tokens", str(tokens), "--tokenizer", str(tokenizer)], launch),
+        command("run", arguments, launch),
         PRODUCTS["run"],
         needs=(tokens,),
         environment=process_environment(launch, threads),
         launch=to_dict(replace(launch, threads=threads)),
         weight=weight,
+        trunk=None if trunk is None else RunFolder(folders.sweep / trunk),
+        start=start,
+        leave=tuple(leave),
         config=run,
     )
 

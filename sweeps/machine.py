@@ -5,7 +5,8 @@
 - A speed is remembered under the model of the device that is used: the CPU's when a recipe asks for the CPU
   on a machine with GPUs, else that of the first *visible* GPU, and of a MIG slice with its size.
 - The division depends on the sweep and the machine alone, never on what is left to do or on what else
-  runs, so that a run gets the same number of threads, hence the same bits, when a sweep is resumed.
+  runs, so that a run gets the same number of threads, hence the same bits, when a sweep is resumed. What was
+  measured decides one thing, how many runs share a GPU, where threads decide no bits.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from pathlib import Path
 
 from scaling.config import ConfigError, LaunchConfig
 
-PROCESS_BYTES = 600 * 2**20
-"""What one training process takes beside its tensors (libraries, data), measured on the CPU."""
+PROCESS_BYTES = 360 * 2**20
+"""What one training process takes beside its tensors (libraries, data), measured on the CPU (docs/LOG.md)."""
 MEMORY_SHARE = 0.8
 """Share of the machine's memory that a sweep may fill."""
 
@@ -38,6 +39,8 @@ class Machine:
     """Bytes of main memory."""
     gpus: tuple[str, ...]
     """Identifiers for ``CUDA_VISIBLE_DEVICES``."""
+    gpu_memory: int = 0
+    """Bytes of the smallest GPU; 0 where it is not known."""
 
 
 @dataclass(frozen=True)
@@ -48,40 +51,51 @@ class Allotment:
     """The GPUs of each place; empty tuples on the CPU."""
     threads: int
     """CPU threads per process."""
+    per_gpu: int = 1
+    """Places that share a GPU."""
 
 
 def this_machine(device: str) -> Machine:
     """The machine that this process may use; ``device`` (``launch.device``) "cpu" is one without GPUs."""
     gpus, gpu_name = ((), "") if device == "cpu" else _gpus()
-    return Machine(gpu_name or _cpu_name(), _cores(), _memory(), gpus)
+    return Machine(gpu_name or _cpu_name(), _cores(), _memory(), gpus, _gpu_memory(gpu_name) if gpus else 0)
 
 
-def allot(machine: Machine, launch: LaunchConfig, memories: Sequence[int]) -> Allotment:
-    """Divide the machine among runs that need ``memories`` bytes of tensors per process.
-
-    On GPUs each run gets ``launch.processes`` of them; more runs at once than that share them, when asked
-    for. On the CPU as many runs at once as there are cores and as fit into memory, largest first. Several
-    machines share one run at a time.
+def gpu_groups(machine: Machine, launch: LaunchConfig) -> list[tuple[str, ...]]:
+    """The GPUs by the run that takes them; empty when runs go on the CPU.
 
     Raises:
         ConfigError: more GPUs wanted than there are.
     """
     if launch.device == "cuda" and not machine.gpus:
         raise ConfigError("launch.device is 'cuda', but this machine shows no GPU")
-    if machine.gpus and launch.device != "cpu":
-        per_run = launch.processes
-        if per_run > len(machine.gpus):
-            raise ConfigError(
-                f"launch.processes is {per_run}, but this machine shows {len(machine.gpus)} GPUs"
-            )
-        groups = [machine.gpus[i : i + per_run] for i in range(0, len(machine.gpus) - per_run + 1, per_run)]
-        at_once = _at_once(launch) or min(len(groups), max(1, len(memories)))
+    if not machine.gpus or launch.device == "cpu":
+        return []
+    per_run = launch.processes
+    if per_run > len(machine.gpus):
+        raise ConfigError(f"launch.processes is {per_run}, but this machine shows {len(machine.gpus)} GPUs")
+    return [machine.gpus[i : i + per_run] for i in range(0, len(machine.gpus) - per_run + 1, per_run)]
+
+
+def allot(machine: Machine, launch: LaunchConfig, memories: Sequence[int], per_gpu: int = 1) -> Allotment:
+    """Divide the machine among runs that need ``memories`` bytes of tensors per process.
+
+    On GPUs each run gets ``launch.processes`` of them, which ``per_gpu`` runs share; ``launch.runs_at_once``
+    sets the number of places itself. The first places are on different GPUs, so that the heaviest runs, which
+    start first, do not share one while another is idle. On the CPU as many runs at once as there are cores
+    and as fit into memory, largest first. Several machines share one run at a time.
+
+    Raises:
+        ConfigError: more GPUs wanted than there are.
+    """
+    if groups := gpu_groups(machine, launch):
+        at_once = _at_once(launch) or min(len(groups) * per_gpu, max(1, len(memories)))
         slots = tuple(groups[i % len(groups)] for i in range(at_once))
     else:
         at_once = _at_once(launch) or _runs_that_fit(machine, launch.processes, memories)
         slots = ((),) * at_once
     threads = launch.threads or max(1, machine.cores // (at_once * launch.processes))
-    return Allotment(slots, threads)
+    return Allotment(slots, threads, -(-at_once // len(groups)) if groups else 1)
 
 
 def _at_once(launch: LaunchConfig) -> int | None:
@@ -145,6 +159,15 @@ def _gpus() -> tuple[tuple[str, ...], str]:
     # A UUID may be given by its beginning.
     name = next((m for known, m in models.items() if gpus and _names(gpus[0], known)), "")
     return gpus, name or (f"GPU {gpus[0]}" if gpus else "")
+
+
+def _gpu_memory(model: str) -> int:
+    """Bytes of the smallest GPU, or of a MIG slice, which says so in its name; 0 when the driver does not."""
+    if part := re.search(r" MIG .*?(\d+)gb", model):
+        return int(part[1]) * 10**9
+    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    listing = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split()
+    return min((int(number) for number in listing if number.isdigit()), default=0) * 2**20
 
 
 def _names(given: str, known: str) -> bool:

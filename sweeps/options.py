@@ -64,14 +64,15 @@ def flag_of(path: Keys) -> str:
 
 
 def options_of(cls: type, path: Keys = ()) -> list[Option]:
-    """The options of a dataclass, nested ones included; lists of dataclasses are left to the file."""
+    """The options of a dataclass, nested ones included; lists of dataclasses and mappings are left to the
+    file."""
     hints, docs = typing.get_type_hints(cls), _field_docs(cls)
     found: list[Option] = []
     for field in dataclasses.fields(cls):
         hint = hints[field.name]
         if dataclasses.is_dataclass(hint):
             found += options_of(typing.cast(type, hint), (*path, field.name))
-        elif not any(dataclasses.is_dataclass(a) for a in get_args(hint)):
+        elif get_origin(hint) is not dict and not any(dataclasses.is_dataclass(a) for a in get_args(hint)):
             found.append(Option((*path, field.name), hint, docs.get(field.name, "")))
     return found
 

@@ -17,12 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from scaling.config import DataConfig, LaunchConfig, RunConfig, TokenizerRunConfig, to_dict
-from scaling.flops import checkpoint_bytes, params, params_total, spent, token_bytes, train_memory
-from scaling.records import ListedRun, write_json
-from sweeps.calibration import Estimate, cached_images, load
+from scaling.flops import checkpoint_bytes, params, params_total, spent, token_bytes
+from scaling.records import ListedRun, RunFolder, write_json
+from sweeps.calibration import Calibration, Estimate, cached_images, closed_memory, load, training_flops
+from sweeps.devices import Device
 from sweeps.jobs import PACKAGE_ROOT, Folders, Job, prepare, run_job, tokenizer_jobs
-from sweeps.machine import PROCESS_BYTES, Allotment, Machine, allot
+from sweeps.machine import PROCESS_BYTES, Allotment, Machine, allot, gpu_groups
+from sweeps.packing import makespan, runs_per_gpu
 from sweeps.recipe import Recipe, tokenizer_runs
+from sweeps.trunks import own_part, shares, start_of
 
 CHECKPOINTS = 3
 """Two are kept, a third is being written."""
@@ -44,14 +47,44 @@ class PlannedRun:
     tokens: int
     epochs: float
     flops: int
+    """Of the whole run, as it is recorded and as laws need it."""
+    start: int
+    """Steps that its trunk does for it."""
+    flops_spent: int
+    """Of the steps that it does itself."""
+    setting: str
+    """What ``grid`` and ``zip`` set for it."""
     memory: int
-    """Bytes of all its processes on one machine."""
+    """Bytes of all its processes on one machine, at their peak."""
     memory_per_process: int
+    memory_measured: bool
+    """Whether that was told from what was measured on this machine, not from the closed form alone."""
     disk: int
-    """Bytes at their most: checkpoints and final weights."""
+    """Bytes at their most: checkpoints, those for branches too, and final weights."""
     seconds: float | None
     """Expected, of this run by itself."""
     state: str
+
+
+@dataclass(frozen=True)
+class Stated:
+    """A device that a person states in place of the one at hand, and how well it will be used."""
+
+    device: Device
+    mfu: float
+    """Share of the device's peak at which the exact FLOPs are done."""
+
+    def seconds(self, config: RunConfig, launch: LaunchConfig, start: int = 0) -> float:
+        """FLOPs from step ``start`` on / (mfu · peak), over all processes of the run."""
+        rate = self.mfu * self.device.peak(config.train.precision)
+        return training_flops(config, start) / (rate * launch.processes * launch.machines)
+
+    def machine(self, here: Machine, launch: LaunchConfig) -> Machine:
+        """A machine with as many of the devices as the recipe's runs at once take."""
+        count = launch.processes * (launch.runs_at_once or 1)
+        return Machine(
+            self.device.name, here.cores, here.memory, tuple(map(str, range(count))), self.device.memory
+        )
 
 
 @dataclass(frozen=True)
@@ -69,6 +102,8 @@ class Plan:
     """Each tokenizer and its token cache, then the runs in the order of ``runs``."""
     estimates: tuple[Estimate | None, ...]
     """The time of each job and what it was learnt from; None where nothing like it was measured."""
+    stated: Stated | None = None
+    """The device that the times are of; None for the one at hand."""
 
     @property
     def stage_jobs(self) -> tuple[Job, ...]:
@@ -99,14 +134,30 @@ class Plan:
     @property
     def seconds_sum(self) -> float | None:
         """The times of all jobs still to do, added; None when one is unknown."""
-        left = [j.seconds for j in self.jobs if j.state != "done"]
+        counted = self.jobs if self.stated is None else self.run_jobs
+        left = [j.seconds for j in counted if j.state != "done"]
         return None if None in left else sum(s or 0.0 for s in left)
+
+    @property
+    def device_seconds(self) -> float | None:
+        """Seconds of all GPUs that the runs still to do take, added; None without GPUs, or where a run's time
+        is unknown. Tokenizers and token caches count where their times are known."""
+        launch = self.recipe.launch
+        runs = [r.seconds for r in self.runs if r.state != "done"]
+        if not any(self.allotment.slots) or None in runs:
+            return None
+        shared = self.allotment.per_gpu
+        stages = sum(j.seconds or 0.0 for j in self.stage_jobs if j.state != "done")
+        per_run = launch.processes * launch.machines / shared
+        return sum(s or 0.0 for s in runs) * per_run + stages * launch.processes
 
     @property
     def seconds(self) -> float | None:
         """Expected time on the clock until everything is done, with as many runs at once as there are
-        places; None when a job's time is unknown."""
-        left = [(j.kind, j.seconds, j.weight) for j in self.jobs if j.state != "done"]
+        places; None when a job's time is unknown. On a stated device it is of the runs alone: a tokenizer's
+        FLOPs have no closed form."""
+        counted = self.jobs if self.stated is None else self.run_jobs
+        left = [(j.kind, j.seconds, j.weight + j.behind) for j in counted if j.state != "done"]
         if any(seconds is None for _, seconds, _ in left):
             return None
         first = sum(s or 0.0 for kind, s, _ in left if kind != "run")
@@ -131,7 +182,8 @@ class Plan:
             ],
             "total": {
                 "flops": sum(r.flops for r in self.runs),
-                "flops_to_do": sum(r.flops for r in self.runs if r.state != "done"),
+                "flops_spent": sum(r.flops_spent for r in self.runs),
+                "flops_to_do": sum(r.flops_spent for r in self.runs if r.state != "done"),
                 "peak_memory": self.peak_memory,
                 "disk_to_do": self.disk,
                 "seconds_to_do_sum": self.seconds_sum,
@@ -166,12 +218,15 @@ class Plan:
         return ListedRun(config.run_id, config.model.family, tokenizer, tokens)
 
 
-def make_plan(recipe: Recipe, data: DataConfig, root: Path, machine: Machine) -> Plan:
+def make_plan(
+    recipe: Recipe, data: DataConfig, root: Path, machine: Machine, stated: Stated | None = None
+) -> Plan:
     """Plan a sweep.
 
     Args:
         data: the recipe's data with all counts known.
         root: the folder of all sweeps.
+        stated: a device to plan for in place of the machine's own.
 
     Raises:
         ConfigError: the recipe does not fit the data or the machine.
@@ -185,9 +240,11 @@ def make_plan(recipe: Recipe, data: DataConfig, root: Path, machine: Machine) ->
     configs = tuple(dataclasses.replace(c, tokenizer_train=resolved[c.tokenizer_train]) for c in runs)
     stages = tokenizer_runs(configs)
     launch, folders = recipe.launch, Folders(root, root / recipe.name)
-    memories = [_process_memory(recipe, c) for c in configs]
-    allotment = allot(machine, launch, memories)
-    calibration = load()
+    if stated is not None:
+        machine, launch = stated.machine(machine, launch), dataclasses.replace(launch, device="cuda")
+    calibration = Calibration() if stated is not None else load()
+    memories = [closed_memory(c, machine, launch) for c in configs]
+    allotment = allot(machine, launch, memories, chosen_per_gpu(configs, calibration, machine, launch))
 
     threads = stage_threads(launch, machine)
     jobs, estimates = tokenizer_jobs(folders, stages, launch, threads), list[Estimate | None]()
@@ -196,16 +253,47 @@ def make_plan(recipe: Recipe, data: DataConfig, root: Path, machine: Machine) ->
         estimates.append(found)
         jobs[index] = dataclasses.replace(job, seconds=found.seconds if found else None)
     planned = []
-    for config, memory in zip(configs, memories, strict=True):
-        flops = spent(config, config.total_steps).flops
-        found = calibration.run(config, machine, allotment, launch)
-        job = run_job(folders, config, launch, allotment.threads, flops)
+    for config, (job, start), closed, place in zip(
+        configs,
+        _run_jobs(configs, folders, launch, allotment.threads),
+        memories,
+        recipe.places(),
+        strict=True,
+    ):
+        if stated is None:
+            found = calibration.run(config, machine, allotment, launch, start)
+        else:
+            found = Estimate(stated.seconds(config, launch, start), measured=False)
+        memory = calibration.memory(config, closed, machine, allotment.threads, launch)
         estimates.append(found)
         jobs.append(dataclasses.replace(job, seconds=found.seconds if found else None))
-        planned.append(_planned(config, jobs[-1], memory + PROCESS_BYTES, launch.processes))
+        planned.append(_planned(config, jobs[-1], start, closed, memory, launch.processes, place.label))
     return Plan(
-        recipe, data, folders, machine, allotment, configs, tuple(planned), tuple(jobs), tuple(estimates)
+        *(recipe, data, folders, machine, allotment, configs),
+        *(tuple(planned), tuple(jobs), tuple(estimates), stated),
     )
+
+
+def chosen_per_gpu(
+    configs: Sequence[RunConfig], calibration: Calibration, machine: Machine, launch: LaunchConfig
+) -> int:
+    """How many runs share a GPU: what the recipe says, else what was measured to end the sweep soonest."""
+    groups = len(gpu_groups(machine, launch))
+    if launch.runs_per_gpu is not None or launch.machines > 1 or not groups:
+        return launch.runs_per_gpu or 1
+    heaviest_first = sorted(configs, key=lambda c: -spent(c, c.total_steps).flops)
+    seconds: dict[int, list[float | None]] = {}
+    memories: list[int] = []
+    for number in sorted({speed.runs_per_gpu for speed in calibration.runs} | {1}):
+        divided = allot(machine, launch, [0] * len(configs), number)
+        found = [calibration.run(c, machine, divided, launch) for c in heaviest_first]
+        seconds[number] = [f.seconds if f else None for f in found]
+        if number == 1:
+            for config in configs:
+                closed = closed_memory(config, machine, launch)
+                known = calibration.memory(config, closed, machine, divided.threads, launch)
+                memories.append((known or closed) + PROCESS_BYTES)
+    return runs_per_gpu(seconds, memories, machine.gpu_memory, groups)
 
 
 def stage_of(job: Job) -> TokenizerRunConfig:
@@ -242,25 +330,31 @@ def code_commit() -> str | None:
     return found.stdout.strip() + (" (changed)" if changed else "")
 
 
-def makespan(seconds: Sequence[float], places: int) -> float:
-    """When the last of the jobs ends if each, in this order, takes the first free place."""
-    free = [0.0] * places
-    for duration in seconds:
-        free[free.index(min(free))] += duration
-    return max(free)
+def _run_jobs(
+    configs: Sequence[RunConfig], folders: Folders, launch: LaunchConfig, threads: int
+) -> list[tuple[Job, int]]:
+    """A job for every run, and the steps that its trunk does for it; trunks weigh with their branches."""
+    found: dict[str, tuple[Job, int]] = {}
+    parts = zip(configs, shares(configs), strict=True)
+    for config, share in sorted(parts, key=lambda part: part[1].trunk is not None):  # trunks first
+        trunk = None if share.trunk is None else found[share.trunk][0]
+        start = start_of(RunFolder(folders.sweep / config.run_id), share, trunk)
+        weight = own_part(config, start).flops
+        job = run_job(folders, config, launch, threads, weight, share.trunk, share.start, share.leave)
+        found[config.run_id] = job, start
+        if trunk is not None and start:
+            found[trunk.name] = dataclasses.replace(trunk, behind=trunk.behind + weight), 0
+    return [found[config.run_id] for config in configs]
 
 
-def _process_memory(recipe: Recipe, config: RunConfig) -> int:
-    launch = recipe.launch
-    share = -(-config.train.batch // (launch.machines * launch.processes))
-    micro = min(launch.micro_batch or share, share)
-    return train_memory(config.model, micro, config.train.precision)
-
-
-def _planned(config: RunConfig, job: Job, process_memory: int, processes: int) -> PlannedRun:
+def _planned(
+    config: RunConfig, job: Job, start: int, closed: int, measured: int | None, processes: int, setting: str
+) -> PlannedRun:
     model, train, steps = config.model, config.train, config.total_steps
+    process_memory = closed + PROCESS_BYTES if measured is None else measured
     total, images = spent(config, steps), config.data.train_images
     assert images is not None  # RunConfig has checked it
+    checkpoints = CHECKPOINTS + len(job.leave)
     return PlannedRun(
         run=config.run_id,
         family=model.family,
@@ -274,9 +368,13 @@ def _planned(config: RunConfig, job: Job, process_memory: int, processes: int) -
         tokens=total.tokens,
         epochs=steps * train.batch / images,
         flops=total.flops,
+        start=start,
+        flops_spent=own_part(config, start).flops,
+        setting=setting,
         memory=processes * process_memory,
         memory_per_process=process_memory,
-        disk=CHECKPOINTS * checkpoint_bytes(model) + 4 * params_total(model),
+        memory_measured=measured is not None,
+        disk=checkpoints * checkpoint_bytes(model) + 4 * params_total(model),
         seconds=job.seconds,
         state=job.state,
     )

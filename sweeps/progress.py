@@ -20,7 +20,7 @@ from rich.progress import MofNCompleteColumn, TimeRemainingColumn
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from sweeps.plan import makespan
+from sweeps.packing import makespan
 from sweeps.scheduler import JobState
 from sweeps.tables import duration, number
 
@@ -47,9 +47,11 @@ class Row:
 class Progress:
     """The display; ``update`` is the scheduler's ``on_tick``."""
 
-    def __init__(self, console: Console, places: int) -> None:
+    def __init__(self, console: Console, places: int, quiet: bool = False) -> None:
+        """``quiet``: say of jobs that ended only what went wrong."""
         self.console = console
         self.places = places
+        self.quiet = quiet
         self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
         self._shown = 0.0
         self._phases: dict[str, str] = {}
@@ -134,11 +136,14 @@ class Progress:
             if before in (None, state.phase):
                 continue
             clock = time.strftime("%H:%M:%S")
-            if state.phase == "done":
+            if state.phase == "done" and not self.quiet:
                 loss = state.job.folder.status().get("loss")
                 at = f", loss {loss:.3f}" if isinstance(loss, float) else ""
                 took = f" in {duration(state.seconds)}" if state.started else " by another launcher"
                 events.append(f"{clock}  done: {state.job.name}{took}{at}")
+            elif state.phase == "waiting":
+                pause = max(0.0, state.not_before - time.monotonic())
+                events.append(f"{clock}  {state.job.name}: {state.reason}; again in {duration(pause)}")
             elif state.phase == "failed":
                 events.append(f"{clock}  FAILED: {state.job.name}: {state.reason}")
             elif state.phase == "elsewhere":

@@ -5,6 +5,8 @@
 - ``by_family`` holds what differs between families (their tokenizers above all), ``by_depth`` what differs
   between depths (the paper's batches, learning rates and epochs) and wins over ``by_family``. A value set on
   the command line wins for every family and depth: it is dropped from both.
+- Lengths, budgets, grids and the rule of learning rates are expanded by ``sweeps.designs``. What they decide
+  must not stand in ``by_family`` or ``by_depth`` too.
 - A family whose tokenizer, its training and data are the same as another's shares its tokens.
 - Everything that a run's shape can be wrong about is checked when the recipe is read, with stand-ins for
   the counts that only the data knows.
@@ -15,8 +17,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,19 @@ from scaling.config import (
     from_dict,
     require,
     to_dict,
+)
+from scaling.flops import steps_within
+from sweeps.designs import (
+    AMPLE,
+    LENGTHS,
+    LrRule,
+    Place,
+    Settings,
+    check_axes,
+    combinations,
+    expand,
+    lengthened,
+    nested,
 )
 from sweeps.source import Keys, Source, read_source
 
@@ -98,7 +113,7 @@ class DepthOverride:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A sweep: every family at every depth with every seed is one run."""
+    """A sweep: every family at every depth, in every setting and length, with every seed is one run."""
 
     name: str
     """The sweep's folder under the root."""
@@ -108,6 +123,17 @@ class Recipe:
     families: tuple[Family, ...] = ("var",)
     """Model families; the report of several compares them."""
     seeds: tuple[int, ...] = (0,)
+    lengths: tuple[float, ...] = (1.0,)
+    """A run for each of these multiples of train's own length; with train.schedule wsd the shorter ones
+    branch off the longest."""
+    budgets: tuple[float, ...] = ()
+    """A run for each of these training FLOPs, in place of a length in train: isoFLOP designs."""
+    grid: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    """Values by name (train.lr), each with each other."""
+    zip: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    """Values by name that vary together, the first of each, the second of each, …"""
+    lr_rule: LrRule | None = None
+    """Learning rates by width; by default every depth has that of train."""
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     tokenizer_train: TokenizerTrainConfig = field(default_factory=TokenizerTrainConfig)
@@ -142,18 +168,45 @@ class Recipe:
         ):
             twice = [value for value in dict.fromkeys(listed) if listed.count(value) > 1]
             require(not twice, f"{name} {', '.join(twice)} more than once")
+        for name in ("lengths", "budgets"):
+            values = getattr(self, name)
+            require(all(value > 0 for value in values), f"{name} must be positive, got {list(values)}")
+            require(len(set(values)) == len(values), f"{name} has a value twice: {list(values)}")
+        require(len(self.lengths) > 0, "lengths must not be empty; [1] is train's own")
+        require(
+            not self.budgets or self.lengths == (1.0,),
+            "budgets decide how long a run trains; leave lengths out",
+        )
+        check_axes(self.grid, self.zip)
+        self._check_parts_of_designs()
 
-    def run(self, family: Family, depth: int, seed: int, data: DataConfig) -> RunConfig:
+    def _check_parts_of_designs(self) -> None:
+        """What a design decides stands in no part for single families or depths."""
+        decided = [(name.split("."), part) for part in ("grid", "zip") for name in getattr(self, part)]
+        decided += [(["train", "lr"], "lr_rule")] if self.lr_rule else []
+        decided += [(["train", name], "budgets") for name in LENGTHS] if self.budgets else []
+        for keys, by in decided:
+            for part in ("by_family", "by_depth"):
+                for override in getattr(self, part):
+                    require(
+                        keys[1] not in getattr(override, keys[0], {}),
+                        f"{part} sets {'.'.join(keys[:2])}, which {by} decides; name it in one place",
+                    )
+
+    def run(self, place: Place, data: DataConfig) -> RunConfig:
         """One run, with ``data`` as ``scaling.data`` has resolved it (all counts known).
 
         Raises:
             ConfigError: the values do not fit together.
         """
-        tokenizer, tokenizer_train = self.tokenizer_of(family)
+        family, depth = place.family, place.depth
+        tokenizer, tokenizer_train = self._tokenizer_of(family, place.settings)
         train, options = to_dict(self.train), to_dict(self.model)
         parts: list[FamilyOverride | DepthOverride] = [*self._of_family(family), *self._of_depth(depth)]
         for part in parts:
             train, options = _merged(train, part.train), _merged(options, part.model)
+        varied = nested(place.settings)
+        train, options = _merged(train, varied.get("train", {})), _merged(options, varied.get("model", {}))
         chosen = dataclasses.asdict(from_dict(ModelOptions, options))
         if data.num_classes is None:
             raise ConfigError("data.num_classes is not known yet")
@@ -165,34 +218,64 @@ class Recipe:
             family=family,
             **{"scales": tokenizer.scales} | {key: v for key, v in chosen.items() if v is not None},
         )
-        return RunConfig(
+        evaluation = _merged(to_dict(self.evaluation), varied.get("evaluation", {}))
+        if place.budget is not None:
+            train |= dict.fromkeys(LENGTHS) | {"steps": AMPLE}
+        run = RunConfig(
             model=model,
             data=data,
             tokenizer=tokenizer,
             tokenizer_train=tokenizer_train,
-            train=from_dict(TrainConfig, train),
-            evaluation=self.evaluation,
-            seed=seed,
+            train=self._train(from_dict(TrainConfig, train), place),
+            evaluation=from_dict(EvaluationConfig, evaluation),
+            seed=place.seed,
         )
+        if place.budget is None:
+            return run
+        steps = steps_within(run, place.budget)
+        return replace(run, train=replace(run.train, steps=steps))
+
+    def _train(self, train: TrainConfig, place: Place) -> TrainConfig:
+        train = lengthened(train, place.length)
+        return self.lr_rule.apply(train, place.depth) if self.lr_rule else train
 
     def runs(self, data: DataConfig) -> list[RunConfig]:
-        """Every run: the families as listed, each by depth and then by seed."""
-        return [self.run(*place, data) for place in self.places()]
+        """Every run, in the order of ``places``.
 
-    def tokenizer_of(self, family: Family) -> tuple[TokenizerConfig, TokenizerTrainConfig]:
-        """A family's tokenizer and its training."""
-        tokenizer, train = to_dict(self.tokenizer), to_dict(self.tokenizer_train)
+        Raises:
+            ConfigError: as ``run``; two of them are the same.
+        """
+        places = self.places()
+        found: dict[RunConfig, Place] = {}
+        runs = [self.run(place, data) for place in places]
+        for place, run in zip(places, runs, strict=True):
+            # However the length is given.
+            train = replace(run.train, steps=run.total_steps, epochs=None, tokens=None)
+            other = found.setdefault(replace(run, train=train), place)
+            require(
+                other is place,
+                f"two runs of depth {place.depth} come out the same, of {run.total_steps} steps (lengths "
+                f"{other.length:g} and {place.length:g}, budgets {other.budget} and {place.budget}, settings "
+                f"'{other.label}' and '{place.label}'); set them further apart",
+            )
+        return runs
+
+    def _tokenizer_of(
+        self, family: Family, settings: Settings
+    ) -> tuple[TokenizerConfig, TokenizerTrainConfig]:
+        """A family's tokenizer and its training, in a setting."""
+        tokenizer, train, varied = to_dict(self.tokenizer), to_dict(self.tokenizer_train), nested(settings)
         for override in self._of_family(family):
             tokenizer = _merged(tokenizer, override.tokenizer)
             train = _merged(train, override.tokenizer_train)
+        tokenizer = _merged(tokenizer, varied.get("tokenizer", {}))
+        train = _merged(train, varied.get("tokenizer_train", {}))
         return from_dict(TokenizerConfig, tokenizer), from_dict(TokenizerTrainConfig, train)
 
-    def places(self) -> Iterator[tuple[Family, int, int]]:
-        """Family, depth and seed of every run, in the order of ``runs``."""
-        for family in self.families:
-            for depth in sorted(self.depths):
-                for seed in sorted(self.seeds):
-                    yield family, depth, seed
+    def places(self) -> list[Place]:
+        """Where every run stands in the design, in the order of ``runs``."""
+        settings = combinations(self.grid, self.zip)
+        return list(expand(self.families, self.depths, self.seeds, self.lengths, self.budgets, settings))
 
     def _of_family(self, family: Family) -> list[FamilyOverride]:
         return [override for override in self.by_family if family in override.families]
@@ -222,17 +305,74 @@ def load_recipe(name: str | Path, overrides: Mapping[Keys, Any] | None = None) -
     source = read_source(find_recipe(name))
     source.override(overrides or {})
     _drop_from_parts(source.data, overrides or {})
+    _open_names(source)
     try:
+        _leave_length_to_budgets(source)
         recipe = from_dict(Recipe, source.data, source.locate)
         _check_parts(recipe, source)
     except ConfigError as error:
         raise source.blame(error) from None
-    for family, depth, seed in recipe.places():
+    try:
+        _check_axes_values(recipe, source)
+    except ConfigError as error:
+        raise source.blame(error, AXES) from None
+    for place in recipe.places():
         try:
-            recipe.run(family, depth, seed, _stand_in(recipe.data))
+            recipe.run(place, _stand_in(recipe.data))
         except ConfigError as error:
-            raise source.blame(error, _parts_of(recipe, family, depth)) from None
+            raise source.blame(error, _parts_of(recipe, place)) from None
     return recipe
+
+
+AXES: list[Keys] = [("grid",), ("zip",)]
+"""Where the values that vary stand."""
+
+
+def _open_names(source: Source) -> None:
+    """Let the dotted names of ``grid`` and ``zip`` be found where they stand by what they name.
+
+    Raises:
+        ConfigError: an option sets a value that one of them varies.
+    """
+    for part in ("grid", "zip"):
+        axes = source.data.get(part) if isinstance(source.data, dict) else None
+        for name in axes if isinstance(axes, dict) else ():
+            keys = tuple(str(name).split("."))
+            source.lines.setdefault((part, *keys), source.lines[part, name])
+            if keys in source.overridden:
+                raise ConfigError(
+                    f"{source.locate(keys)}: {part} varies {name} ({source.file}, line "
+                    f"{source.lines[part, name]}); change its values there"
+                )
+
+
+def _leave_length_to_budgets(source: Source) -> None:
+    """A recipe with budgets gives no length; ``TrainConfig`` wants one, and gets one that no run has.
+
+    Raises:
+        ConfigError: it gives one.
+    """
+    if not isinstance(source.data, dict) or not source.data.get("budgets"):
+        return
+    train = source.data.setdefault("train", {})
+    for name in LENGTHS if isinstance(train, dict) else ():
+        if train.get(name) is not None:
+            raise ConfigError(
+                f"train.{name} {train[name]}: budgets decide how long a run trains; leave it out"
+            )
+    if isinstance(train, dict):
+        train["steps"] = AMPLE
+
+
+def _check_axes_values(recipe: Recipe, source: Source) -> None:
+    """Every value of ``grid``, and every row of ``zip``, by itself."""
+    rows = [("grid", {name: value}) for name, values in recipe.grid.items() for value in values]
+    rows += [("zip", dict(row)) for row in combinations({}, recipe.zip)]
+    for part, row in rows:
+        for section, own in nested(row).items():
+            values = _merged(to_dict(getattr(recipe, section)), own)
+            cls = type(getattr(recipe, section))
+            from_dict(cls, values, source.locate, (part, section))
 
 
 def find_recipe(name: str | Path) -> Path:
@@ -297,18 +437,19 @@ def _check_parts(recipe: Recipe, source: Source) -> None:
                     from_dict(cls, values, source.locate, (part, str(number), section))
 
 
-def _parts_of(recipe: Recipe, family: Family, depth: int) -> list[Keys]:
+def _parts_of(recipe: Recipe, place: Place) -> list[Keys]:
     """Where the values of a run may stand beside the common ones, the strongest first."""
-    depths = [("by_depth", str(i)) for i, o in enumerate(recipe.by_depth) if depth in o.depths]
-    families = [("by_family", str(i)) for i, o in enumerate(recipe.by_family) if family in o.families]
-    return [*depths, *families]
+    depths = [("by_depth", str(i)) for i, o in enumerate(recipe.by_depth) if place.depth in o.depths]
+    families = [("by_family", str(i)) for i, o in enumerate(recipe.by_family) if place.family in o.families]
+    return [*AXES, *depths, *families]
 
 
 def _stand_in(data: DataConfig) -> DataConfig:
-    """The data with a count of one wherever only the data knows."""
-    return dataclasses.replace(
+    """The data with a count of one wherever only the data knows; of many training images, since a run must
+    not seem too short for what is counted in steps."""
+    return replace(
         data,
-        train_images=data.train_images or 1,
+        train_images=data.train_images or AMPLE,
         val_images=data.val_images or 1,
         num_classes=data.num_classes or 1,
     )

@@ -8,17 +8,22 @@
 - Two locks. The job itself holds its folder's lock while it works. The launcher holds ``.launcher`` beside
   it from before the start until after the end, so that two launchers never start the same job and never
   probe a lock that a job is about to take.
-- A job that fails takes down only what needs it; the others go on.
+- A job that fails takes down only what needs it; the others go on. It is started again where that may help
+  (``sweeps.patience``), after a pause; a silent one is ended first. A branch needs a checkpoint of its trunk,
+  which may fail or go on once it has left that.
 - A job that is ``alone`` (tokenizers and token caches, which use every core) goes before all others and
-  beside none.
+  beside none. While it waits for those that run, only what is expected to end before them is started.
+- What cannot be written (a full disk) fails the job concerned and never the launcher.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import time
@@ -26,15 +31,20 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import IO, Literal
+from typing import IO, Any, Literal
 
 from scaling.records import write_json
-from sweeps.jobs import Job, kill
+from sweeps.jobs import HANG, Job, kill
+from sweeps.patience import Patience, Pulse, Tries
 
 Phase = Literal["waiting", "running", "elsewhere", "done", "failed", "interrupted", "blocked"]
 ENDED = ("done", "failed", "interrupted", "blocked")
 REFUSED, INTERRUPTED = 2, 3
 """Exit codes of a job: a cause that a person can remove, told in one line; asked to leave."""
+FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL_BYTES = 2**16
+"""With less room than this a job cannot even say that the disk is full."""
+DISK_FULL = "the disk is full: free some space and start again; everything finished so far is kept"
 TICK_SECONDS = 0.1
 SAME_SIGNAL_SECONDS = 3.0
 TAIL_LINES = 12
@@ -59,6 +69,12 @@ class JobState:
     """Started by this launcher with nothing done before."""
     slot: int | None = None
     process: subprocess.Popen[bytes] | None = None
+    pulse: Pulse = field(default_factory=Pulse)
+    hung: float | None = None
+    """Seconds of silence after which this launcher ended it."""
+    tries: Tries = field(default_factory=Tries)
+    not_before: float = 0.0
+    """Of the next try, by the monotonic clock."""
     claim: IO[str] | None = None
     prepared: bool = False
     """Whether ``launch.json`` was written: once, however long the job then waits for other machines."""
@@ -122,6 +138,8 @@ class Scheduler:
     on_done: Callable[[JobState], None] = lambda state: None
     ready: Callable[[Job], dict[str, str] | None] = lambda job: {}
     """Asked right before a start: what the environment needs besides, or None for not yet."""
+    patience: Patience = field(default_factory=Patience)
+    """With jobs that fail or fall silent."""
     states: list[JobState] = field(init=False)
     _signals: list[float] = field(init=False, default_factory=list)
     _stopping: bool = field(init=False, default=False)
@@ -157,34 +175,59 @@ class Scheduler:
 
     def _start_what_can(self) -> None:
         phases = {s.job.folder.path: s.phase for s in self.states}
-        for state in sorted(self.states, key=lambda s: (not s.job.alone, -s.job.weight)):
-            if state.phase not in ("waiting", "elsewhere"):
+        held = False
+        for state in sorted(self.states, key=lambda s: (not s.job.alone, -s.job.weight - s.job.behind)):
+            if state.phase not in ("waiting", "elsewhere") or state.not_before > time.monotonic():
+                continue
+            if held and state.job.weight > self._longest_left():
                 continue
             needs = [phases.get(path, "done") for path in state.job.needs]
+            trunk = state.job.lacks
+            if trunk is not None:
+                needs.append(phases.get(trunk.path, "done"))
             if any(phase in ENDED and phase != "done" for phase in needs):
+                if trunk is not None and needs[-1] in ENDED:
+                    state.reason = f"needs step {state.job.start} of {trunk.name}, which is {needs[-1]}"
                 self._end(state, "blocked")
             elif all(phase == "done" for phase in needs):
-                self._start_if_free(state)
+                held |= self._start_if_free(state)
 
-    def _start_if_free(self, state: JobState) -> None:
-        """Start the job unless all places are taken or another process works on it."""
+    def _start_if_free(self, state: JobState) -> bool:
+        """Start the job unless all places are taken or another process works on it; whether it waits, as one
+        that needs the machine for itself, for those that run."""
         recorded = state.job.state
         if recorded == "done" and not state.job.recheck:
             self._end(state, "done")
-            return
+            return False
         running = [s for s in self.states if s.process is not None]
         free = [i for i in range(len(self.slots)) if i not in {s.slot for s in running}]
-        if not free or any(s.job.alone or state.job.alone for s in running):
-            return
-        if state.claim is None:
-            state.claim = claim(state.job.folder.path / ".launcher")
-        if state.claim is None or state.job.folder.busy():
-            state.phase = "elsewhere"
-        elif state.phase == "elsewhere" and recorded == "failed":
-            state.reason = str(state.job.folder.status().get("error", "failed under another launcher"))
-            self._end(state, "failed")
-        else:
-            self._start(state, free[0])
+        if not free or any(s.job.alone for s in running):
+            return False
+        status = state.job.folder.status()
+        try:
+            if state.claim is None:
+                state.claim = claim(state.job.folder.path / ".launcher")
+            if state.claim is None or state.job.folder.busy():
+                state.phase = "elsewhere"
+            elif self.patience.given_up(status) or (state.phase == "elsewhere" and recorded == "failed"):
+                state.reason = str(status.get("error", "failed under another launcher"))
+                state.code = int(status.get("exit_code", 1))
+                self._end(state, "failed")
+            elif state.job.alone and running:
+                return True
+            else:
+                self._start(state, free[0])
+        except OSError as error:  # a launcher that cannot write here goes on with the other jobs
+            full = error.errno in FULL
+            state.reason = DISK_FULL if full else f"could not be started: {error}"
+            state.code = REFUSED if full else 1
+            if not self._again(state, None, status):
+                self._end(state, "failed")
+        return False
+
+    def _longest_left(self) -> float:
+        """The most FLOPs that a running job has still to do."""
+        return max((_left(s.job) for s in self.states if s.process is not None), default=0.0)
 
     def _start(self, state: JobState, slot: int) -> None:
         job = state.job
@@ -194,7 +237,7 @@ class Scheduler:
         more = self.ready(job)
         if more is None:
             return
-        environment = os.environ | job.environment | more
+        environment = os.environ | job.environment | more | {HANG: str(self.patience.hang_seconds)}
         if self.slots[slot]:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(self.slots[slot])
         state.from_scratch = job.folder.status().get("attempt", 0) == 0
@@ -213,38 +256,83 @@ class Scheduler:
                 start_new_session=True,
             )
         state.slot, state.phase, state.started = slot, "running", time.time()
+        state.pulse, state.hung = Pulse(), None
 
     # -- ending --------------------------------------------------------------------------------
 
     def _reap(self) -> None:
         for state in self.states:
-            if state.process is None or state.process.poll() is None:
+            if state.process is None:
                 continue
-            state.code = state.process.returncode
-            state.seconds = time.time() - (state.started or time.time())
-            state.process, state.slot = None, None
-            status = state.job.folder.status()
-            fresh = status.get("heartbeat") != state.heartbeat
-            recorded = str(state.job.state) if fresh else "silent"
-            if recorded == "failed" and "exit_code" in status:
-                state.code = int(status["exit_code"])  # several processes end with their launcher's own code
-            asked = self._stopping and state.code in (-signal.SIGTERM, -signal.SIGINT)
-            if recorded == "done":
-                self._end(state, "done")
-                self.on_done(state)
-            elif state.code == INTERRUPTED or recorded == "interrupted" or asked:
-                state.reason = "was asked to leave"
-                if recorded != "interrupted":  # while it was still starting
-                    state.job.folder.set_status("interrupted")
-                self._end(state, "interrupted")
-            elif state.code == REFUSED and state.job.folder.busy():
-                state.phase = "elsewhere"
+            if state.process.poll() is None:
+                self._look_after(state, state.process)
             else:
-                state.reason = self._why(state, recorded)
-                if recorded != "failed":  # killed, so it could not say so itself
-                    with contextlib.suppress(OSError):  # a full disk: the reason is printed all the same
-                        state.job.folder.set_status("failed", error=state.reason)
-                self._end(state, "failed")
+                self._collect(state, state.process.returncode)
+
+    def _look_after(self, state: JobState, process: subprocess.Popen[bytes]) -> None:
+        """End a job that has not got on for too long."""
+        limit = self.patience.hang_seconds
+        if state.hung is None and state.pulse.due(limit):
+            silence = state.pulse.silent(state.job.folder.status())
+            if silence > limit:
+                state.hung = silence
+                kill(process)
+
+    def _collect(self, state: JobState, code: int) -> None:
+        state.code = code
+        state.seconds = time.time() - (state.started or time.time())
+        state.process, state.slot = None, None
+        status = state.job.folder.status()
+        fresh = status.get("heartbeat") != state.heartbeat
+        recorded = str(state.job.state) if fresh else "silent"
+        if recorded == "failed" and "exit_code" in status:
+            state.code = int(status["exit_code"])  # several processes end with their launcher's own code
+        asked = self._stopping and state.code in (-signal.SIGTERM, -signal.SIGINT)
+        if recorded == "done":
+            self._end(state, "done")
+            self.on_done(state)
+        elif state.code == INTERRUPTED or recorded == "interrupted" or asked:
+            state.reason = "was asked to leave"
+            if recorded != "interrupted":  # while it was still starting
+                self._record(state, "interrupted")
+            self._end(state, "interrupted")
+        elif state.code == REFUSED and state.job.folder.busy():
+            state.phase = "elsewhere"
+        else:
+            self._fail(state, recorded, status if fresh else {"state": recorded})
+
+    def _fail(self, state: JobState, recorded: str, status: dict[str, Any]) -> None:
+        """Mark it failed, or to be tried again."""
+        cause = str(status["cause"]) if recorded == "failed" and "cause" in status else None
+        state.reason = self._why(state, recorded)
+        if cause is None and _full(state.job.folder.path):
+            cause, state.reason, state.code = "disk", DISK_FULL, REFUSED
+        if cause is None:
+            cause = "hung" if state.hung else "killed" if state.code and state.code < 0 else None
+        if self._again(state, cause, status):
+            return
+        if state.tries.count > 1:
+            state.reason += f" ({state.tries.count} times, no further each time)"
+        if recorded != "failed" or state.tries.count > 1:
+            more = {} if cause is None else {"cause": cause}
+            self._record(state, "failed", error=state.reason, exit_code=state.code, **more)
+        self._end(state, "failed")
+
+    def _again(self, state: JobState, cause: str | None, status: dict[str, Any]) -> bool:
+        """Let it wait for another try after a failure; False when there is to be none."""
+        pause = state.tries.pause(cause, state.code == REFUSED, status, self.patience)
+        if pause is None or self._stopping:
+            return False
+        state.not_before, state.phase = time.monotonic() + pause, "waiting"
+        if cause != "diverged":  # which the next attempt is to find in its status
+            self._record(state, "waiting", error=f"{state.reason}; to be tried again")
+        return True
+
+    @staticmethod
+    def _record(state: JobState, name: str, **more: Any) -> None:
+        """For a job that could not say it itself."""
+        with contextlib.suppress(OSError):  # a full disk: the reason is printed all the same
+            state.job.folder.set_status(name, **more)
 
     def _end(self, state: JobState, phase: Phase) -> None:
         state.phase = phase
@@ -255,6 +343,8 @@ class Scheduler:
     @staticmethod
     def _why(state: JobState, recorded: str) -> str:
         tail = state.log_tail()
+        if state.hung is not None:
+            return f"made no progress for {state.hung:.0f} s and was ended"
         if state.code is not None and state.code < 0:
             hint = " (out of memory?)" if -state.code == signal.SIGKILL else ""
             return f"killed by {signal.Signals(-state.code).name}{hint}"
@@ -302,6 +392,20 @@ class Scheduler:
                 state.process.wait()
             if state.claim is not None:
                 state.claim.close()
+
+
+def _left(job: Job) -> float:
+    """FLOPs that it has still to do, as far as its status says."""
+    status = job.folder.status()
+    total = status.get("total_steps")
+    return job.weight * (1 - status.get("step", 0) / total) if total else job.weight
+
+
+def _full(folder: Path) -> bool:
+    try:
+        return shutil.disk_usage(folder).free < FULL_BYTES
+    except OSError:  # the folder was moved away
+        return False
 
 
 def claim(file: Path) -> IO[str] | None:

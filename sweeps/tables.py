@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scaling.records import ListedRun, RecordsError, RunFolder, read_sweep
+from sweeps.costs import Rates
+from sweeps.fold import Line, folded
 from sweeps.jobs import stage_name
 from sweeps.plan import cache_bytes, stage_of
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Group
 
     from sweeps.calibration import Estimate
+    from sweeps.forecasts import Forecast
     from sweeps.plan import Plan, PlannedRun
 
-STALE_SECONDS = 30.0
-"""A running job writes its heartbeat every few seconds; after this silence it is taken for dead."""
 WIDE = 140
-"""Columns that the whole plan needs."""
-DERIVED = ("depth", "width", "total", "batch", "steps", "epochs")
+"""Columns from which run ids are shown with their hashes."""
 
 
 def number(value: float) -> str:
@@ -49,25 +49,56 @@ def duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
 
 
-def plan_table(plan: Plan, width: int = WIDE) -> Table:
-    """One row per job, the families one below the other, totals below; on a narrow terminal without what
-    follows from the rest.
+PLAN_HEADINGS = (
+    *(
+        "run",
+        "setting",
+        "depth",
+        "width",
+        "N",
+        "total",
+        "batch",
+        "steps",
+        "tokens",
+        "epochs",
+        "FLOPs",
+        "spent",
+    ),
+    *("memory/process", "memory/run", "disk", "time", "GPU-hours", "kWh", "cost", "forecast", "state"),
+)
+PLAN_RANK = (
+    *("state", "setting", "time", "FLOPs", "spent", "N", "tokens", "memory/run", "GPU-hours", "cost"),
+    *("forecast", "epochs", "disk", "kWh", "memory/process", "depth", "width", "total", "batch", "steps"),
+)
+
+
+def plan_table(
+    plan: Plan, width: int = WIDE, rates: Rates | None = None, forecasts: Mapping[str, Forecast] | None = None
+) -> Group:
+    """One row per job, the families one below the other, totals below; on a narrow terminal in several
+    tables one below the other.
 
     ``plan_notes`` says what its columns of memory and time mean.
     """
-    from rich.table import Table
-
-    table = Table(title=f"sweep '{plan.recipe.name}' in {plan.folders.sweep}", title_justify="left", box=None)
+    rates, forecasts = rates or Rates(), forecasts or {}
     left = [r for r in plan.runs if r.state != "done"]
     places = len(plan.allotment.slots)
-    rows = [
-        {"run": job.name, "time": _time(found), "state": _to_do(job.state)}
-        | ({"disk": size(cache_bytes(job))} if job.kind == "tokens" else {})
+    shared = any(run.start for run in plan.runs)
+    lines = [
+        Line(
+            {"run": job.name, "time": _time(found), "state": _to_do(job.state)}
+            | ({"disk": size(cache_bytes(job))} if job.kind == "tokens" else {})
+        )
         for job, found in zip(plan.stage_jobs, plan.estimates, strict=False)
     ]
-    rows += [
-        {
-            "run": run.run if width >= WIDE else run.run.rpartition("-")[0],
+    names = short_names([run.run for run in plan.runs], width)
+    several = len(plan.recipe.families) > 1
+    before = ""
+    for (run, found), name in zip(_with_estimates(plan), names, strict=True):
+        hours = rates.hours(plan, run)
+        cells = {
+            "run": name,
+            "setting": run.setting,
             "depth": str(run.depth),
             "width": str(run.width),
             "N": number(run.params),
@@ -77,49 +108,86 @@ def plan_table(plan: Plan, width: int = WIDE) -> Table:
             "tokens": number(run.tokens),
             "epochs": f"{run.epochs:.3g}",
             "FLOPs": f"{run.flops:.3g}",
-            "memory/process": size(run.memory_per_process),
+            "spent": f"{run.flops_spent:.3g}" if shared else "",
+            "memory/process": size(run.memory_per_process) if plan.recipe.launch.processes > 1 else "",
             "memory/run": size(run.memory),
             "disk": size(run.disk),
             "time": _time(found),
+            "forecast": forecast_text(forecasts.get(run.run)),
             "state": _to_do(run.state),
         }
-        for run, found in _with_estimates(plan)
-    ]
+        lines.append(Line(cells | _costs(rates, hours), space=several and run.family != before))
+        before = run.family
+    total = plan.device_seconds
     totals = {
         "run": f"to do: {len(left)} of {len(plan.runs)} runs",
         "tokens": number(sum(r.tokens for r in left)),
         "FLOPs": f"{sum(r.flops for r in left):.3g}",
+        "spent": f"{sum(r.flops_spent for r in left):.3g}" if shared else "",
         "disk": size(plan.disk),
         "time": _seconds(plan.seconds_sum),
-    }
+    } | _costs(rates, None if total is None else total / 3600)
     together = {"memory/run": size(plan.peak_memory), "time": _seconds(plan.seconds)}
     if places == 1:
         totals |= together
-    hidden = () if plan.recipe.launch.processes > 1 else ("memory/process",)
-    headings = [h for h in rows[-1] if (width >= WIDE or h not in DERIVED) and h not in hidden]
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading in ("run", "state") else "right", no_wrap=True)
-    families = [""] * len(plan.stage_jobs) + [run.family for run in plan.runs]
-    for i, row in enumerate(rows):
-        if len(plan.recipe.families) > 1 and i > 0 and families[i] != families[i - 1]:
-            table.add_row()
-        table.add_row(*(row.get(heading, "") for heading in headings))
-    table.add_section()
-    table.add_row(*(totals.get(heading, "") for heading in headings), style="bold")
+    lines.append(Line(totals, bold=True, space=True))
     if places > 1:
-        together["run"] = f"wall time, {places} at once"
-        table.add_row(*(together.get(heading, "") for heading in headings), style="bold")
-    return table
+        lines.append(Line(together | {"run": f"wall time, {places} at once"}, bold=True))
+    title = f"sweep '{plan.recipe.name}' in {plan.folders.sweep}"
+    return folded(title, lines, PLAN_HEADINGS, PLAN_RANK, width)
+
+
+def short_names(runs: Sequence[str], width: int) -> list[str]:
+    """Run ids without their hashes on a narrow terminal, as long as each names one run."""
+    short = [run.rpartition("-")[0] for run in runs]
+    return short if width < WIDE and len(set(short)) == len(runs) else list(runs)
+
+
+def forecast_text(found: Forecast | None) -> str:
+    """A loss to come with its interval; of a finished run whether it was to be expected."""
+    if found is None:
+        return ""
+    interval = f"[{found.low:.3f}, {found.high:.3f}]"
+    if found.reached is None:
+        return f"{found.value:.3f} {interval}"
+    return f"outside {interval}" if found.outside else "as expected"
+
+
+def _costs(rates: Rates, hours: float | None) -> dict[str, str]:
+    energy, cost = rates.kilowatt_hours(hours), rates.cost(hours)
+    return {
+        "GPU-hours": "" if hours is None else f"{hours:.3g}",
+        "kWh": "" if energy is None else f"{energy:.3g}",
+        "cost": "" if cost is None else f"{cost:,.2f}",
+    }
 
 
 def plan_notes(plan: Plan) -> list[str]:
     """What stands below the table: the data, the machine, and how memory and time were told."""
-    notes = [_data_note(plan), _machine_note(plan), _memory_note(plan), _time_note(plan)]
+    time_note = _time_note(plan) if plan.stated is None else _stated_note(plan)
+    notes = [_data_note(plan), _machine_note(plan), _memory_note(plan), time_note, *_design_note(plan)]
+    if plan.seconds:
+        at = time.localtime(time.time() + plan.seconds)
+        end = time.strftime("%H:%M" if plan.seconds < 12 * 3600 else "%A %d %B, %H:%M", at)
+        notes.append(f"expected end: {end}, {duration(plan.seconds)} after a start now")
     tokens = [job for job in plan.stage_jobs if job.kind == "tokens"]
     if len(tokens) > 1:
         uses = [f"{job.folder.name} for {', '.join(plan.families_of(stage_of(job)))}" for job in tokens]
         notes.insert(1, f"tokenizers: {'; '.join(uses)}")
     return notes
+
+
+def _design_note(plan: Plan) -> list[str]:
+    """What sharing stable phases saves; none where no run starts from another's checkpoint."""
+    branches = [run for run in plan.runs if run.start]
+    if not branches:
+        return []
+    alone, together = (sum(getattr(r, name) for r in plan.runs) for name in ("flops", "flops_spent"))
+    return [
+        f"design: trunks and branches {together:.3g} FLOPs, as independent runs {alone:.3g} "
+        f"({together / alone:.2f}): {len(branches)} of {len(plan.runs)} runs start where their decay begins, "
+        "from a checkpoint of the longest; FLOPs are what the records hold, spent is what a run does itself"
+    ]
 
 
 def _data_note(plan: Plan) -> str:
@@ -137,10 +205,15 @@ def _data_note(plan: Plan) -> str:
 
 def _machine_note(plan: Plan) -> str:
     launch, threads = plan.recipe.launch, plan.allotment.threads
+    if plan.stated is not None:
+        count = len(plan.machine.gpus)
+        return f"machine: {_several(count, plan.stated.device.name, plan.stated.device.name)}, as stated"
     note = (
         f"machine: {plan.machine.name}: {_several(len(plan.allotment.slots), 'run')} at once, "
         f"{_several(launch.processes, 'process', 'processes')} of {_several(threads, 'CPU thread')} per run"
     )
+    if plan.allotment.per_gpu > 1:
+        note += f", {plan.allotment.per_gpu} runs on each GPU"
     return note + (f", on each of {launch.machines} machines" if launch.machines > 1 else "")
 
 
@@ -151,7 +224,26 @@ def _memory_note(plan: Plan) -> str:
         parts = f"a run is {launch.processes} processes{here}, each with its own copy"
     else:
         parts = f"a run is one process{here}"
-    return f"memory: estimated, with libraries; {parts}"
+    measured = [run for run in plan.runs if run.memory_measured]
+    if len(measured) == len(plan.runs):
+        how = "closed form, with what it lacked at the nearest depths measured on this machine"
+    elif any(plan.allotment.slots):
+        how = "closed form, not compared with any GPU yet, and as much for libraries as on a CPU"
+    else:
+        how = "closed form, with libraries"
+    return f"memory: at its peak; {how}; {parts}"
+
+
+def _stated_note(plan: Plan) -> str:
+    """How times of a stated device were told, and what they lack."""
+    stated = plan.stated
+    assert stated is not None
+    rates = {c.train.precision: stated.device.peak(c.train.precision) for c in plan.configs}
+    peaks = " and ".join(f"{number(peak)}FLOP/s in {name}" for name, peak in rates.items())
+    return (
+        f"time: exact FLOPs at {stated.mfu:.3g} of {stated.device.name}'s dense peak ({peaks}); without "
+        "starting, evaluating, saving, tokenizers and token caches"
+    )
 
 
 def _time_note(plan: Plan) -> str:
@@ -162,17 +254,14 @@ def _time_note(plan: Plan) -> str:
     measured = [run for run, found in pairs if found and found.measured]
     parts = []
     if measured:
-        parts.append(
-            f"{_depths(measured, several)} at the speed of the last run of that depth finished on this "
-            "machine"
-        )
+        parts.append(f"{_depths(measured, several)} at the speed last measured at that depth on this machine")
     for family in plan.recipe.families:
         near = [(r, found) for r, found in pairs if found and not found.measured and r.family == family]
         if near:
             used = sorted({depth for _, found in near for depth in found.depths})
             parts.append(
                 f"~ {_depths([run for run, _ in near], several)} by FLOPs, from the speed of "
-                f"{_several(len(used), 'finished run')} ({_listed(used)})"
+                f"{_several(len(used), 'measured depth')} ({_listed(used)})"
             )
     others = [r for r, found in pairs if found and not found.measured and not found.same_settings]
     if others:
@@ -223,39 +312,6 @@ def _listed(depths: Sequence[int]) -> str:
 
 def _several(count: int, noun: str, plural: str = "") -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {plural or noun + 's'}"
-
-
-def status_table(sweep: Path) -> Table:
-    """State, step, loss, speed, heartbeat and error of every job of a started sweep.
-
-    Raises:
-        RecordsError: the sweep was not started yet, or a file is damaged.
-    """
-    from rich.table import Table
-
-    table = Table(title=f"sweep '{sweep.name}' in {sweep}", title_justify="left", box=None)
-    table.add_column("job", no_wrap=True)
-    table.add_column("state", no_wrap=True)
-    for heading in ("step", "train loss", "images/s", "heartbeat"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("error", overflow="fold")
-    for name, folder in sweep_folders(sweep):
-        status = folder.status()
-        age = time.time() - status["heartbeat"] if "heartbeat" in status else None
-        state = str(status["state"])
-        if state == "running" and (age is None or age > STALE_SECONDS):
-            state = "running? (no heartbeat)"
-        loss, speed = status.get("loss"), status.get("images_per_second")
-        table.add_row(
-            name,
-            state,
-            f"{status['step']}/{status.get('total_steps', '-')}" if "step" in status else "",
-            f"{loss:.3f}" if isinstance(loss, float) else "",
-            number(speed) if speed else "",
-            f"{duration(age)} ago" if age is not None else "",
-            str(status.get("error", "")),
-        )
-    return table
 
 
 def started_sweep(sweep: Path) -> tuple[ListedRun, ...]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from scaling.config import ModelConfig
-from scaling.layers.block import Modulation
+from scaling.layers.block import Head, Modulation
 from scaling.tokenizer.quantizer import Quantizer, Size
 
 
@@ -40,6 +40,17 @@ class FamilyModel(Protocol):
 
     config: ModelConfig
     NO_DECAY: tuple[str, ...]
+    head: Head
+
+    def features(
+        self,
+        labels_B: Tensor,
+        inputs: Tensor,
+        path_scale_D2B: Tensor | None = None,
+        sizes: Sequence[Size] | None = None,
+    ) -> Tensor:
+        """Teacher forcing: what ``head.to_vocab`` makes the logits of, (B, L, W) in fp32."""
+        ...
 
     def __call__(
         self,

@@ -41,7 +41,7 @@ class NextScale(nn.Module):
     NO_DECAY: tuple[str, ...] = ("start_position", "positions", "adaln_offset")
     """Weight decay also leaves out biases and everything one-dimensional, as published."""
 
-    def __init__(self, config: ModelConfig, attention: Backend = "masked") -> None:
+    def __init__(self, config: ModelConfig, attention: Backend = "auto") -> None:
         super().__init__()
         self.config, self.attention_backend = config, attention
         w = config.width
@@ -109,6 +109,19 @@ class NextScale(nn.Module):
     ) -> Tensor:
         """Logits (B, L, V) in fp32 for every token, given the true tokens of coarser steps.
 
+        Arguments as of ``features``.
+        """
+        return self.head.to_vocab(self.features(labels_B, inputs_BlC, path_scale_D2B, sizes)).float()
+
+    def features(
+        self,
+        labels_B: Tensor,
+        inputs_BlC: Tensor,
+        path_scale_D2B: Tensor | None = None,
+        sizes: Sequence[Size] | None = None,
+    ) -> Tensor:
+        """What ``head.to_vocab`` makes the logits of, (B, L, W) in fp32.
+
         Args:
             labels_B: class ids; ``num_classes`` is the null class.
             inputs_BlC: the quantiser's ``teacher_inputs`` of the true tokens, all steps but the first.
@@ -127,7 +140,7 @@ class NextScale(nn.Module):
             assert isinstance(block, Block)
             path_scale_2B = None if path_scale_D2B is None else path_scale_D2B[layer]
             x_BLW = block(x_BLW, block.modulation(cond), place, path_scale_2B)
-        return self.head(x_BLW, cond_BW)
+        return self.head.features(x_BLW, cond_BW)
 
     # -- sampling, one step at a time ----------------------------------------------------------------
 

@@ -36,7 +36,7 @@ class Raster(nn.Module):
     NO_DECAY: tuple[str, ...] = ("positions",)
     """Weight decay also leaves out biases and everything one-dimensional."""
 
-    def __init__(self, config: ModelConfig, attention: Backend = "masked") -> None:
+    def __init__(self, config: ModelConfig, attention: Backend = "auto") -> None:
         """``attention`` is for families with steps; causal attention has one form."""
         super().__init__()
         self.config = config
@@ -71,6 +71,19 @@ class Raster(nn.Module):
     ) -> Tensor:
         """Logits (B, L, V) in fp32 for every token, given the class and the true tokens before it.
 
+        Arguments as of ``features``.
+        """
+        return self.head.to_vocab(self.features(labels_B, tokens_BL, path_scale_D2B, sizes)).float()
+
+    def features(
+        self,
+        labels_B: Tensor,
+        tokens_BL: Tensor,
+        path_scale_D2B: Tensor | None = None,
+        sizes: Sequence[Size] | None = None,
+    ) -> Tensor:
+        """What ``head.to_vocab`` makes the logits of, (B, L, W) in fp32.
+
         Args:
             labels_B: class ids; ``num_classes`` is the null class.
             tokens_BL: the true tokens; the last is not looked at.
@@ -85,7 +98,7 @@ class Raster(nn.Module):
         x_BLW = x_BLW.to(compute_dtype(x_BLW))
         for layer, block in enumerate(self.blocks):
             x_BLW = block(x_BLW, (), causal, None if path_scale_D2B is None else path_scale_D2B[layer])
-        return self.head(x_BLW, cond_BW)
+        return self.head.features(x_BLW, cond_BW)
 
     def chunks(self, sizes: Sequence[Size] | None = None) -> list[int]:
         """Tokens that each call of ``extend`` predicts: one."""

@@ -50,7 +50,7 @@ FAMILIES: dict[str, FamilyEntry] = {
 }
 
 
-def build(config: ModelConfig, attention: Backend = "masked") -> nn.Module:
+def build(config: ModelConfig, attention: Backend = "auto") -> nn.Module:
     """The model that ``config`` describes, initialised from torch's current random state."""
     return FAMILIES[config.family].model(config, attention)
 

@@ -2,7 +2,7 @@
 
 A token of step k attends to every token of the steps up to k. Two back ends compute the same:
 - ``masked``: one scaled-dot-product call with a boolean mask over all L² pairs; the reference.
-- ``blockwise``: one unmasked call per step over the keys up to that step; no masked work.
+- ``blockwise``: step by step over the keys up to that step; no masked work.
 
 Shapes: B batch, H heads, L tokens, E head width.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,17 @@ from torch import Tensor
 from scaling.layers.block import Attend
 
 Size = tuple[int, int]
-Backend = Literal["masked", "blockwise"]
+Backend = Literal["auto", "masked", "blockwise"]
+
+
+def back_end(wanted: Backend, device: torch.device) -> Backend:
+    """The faster one on a kind of device for ``auto``.
+
+    By rule, not by a timing when a run starts: a run that was stopped must go on with the same rounding.
+    """
+    if wanted != "auto":
+        return wanted
+    return "blockwise" if device.type == "cpu" else "masked"
 
 
 @lru_cache(maxsize=32)
@@ -32,7 +42,7 @@ def block_causal_mask(sizes: tuple[Size, ...], device: torch.device | None = Non
 
 def block_causal(sizes: Sequence[Size], backend: Backend, device: torch.device) -> Attend:
     """Attention of teacher forcing over all steps at once."""
-    if backend == "masked":
+    if back_end(backend, device) == "masked":
         mask_LL = block_causal_mask(tuple(sizes), device)
 
         def masked(q_BHLE: Tensor, k_BHLE: Tensor, v_BHLE: Tensor, scale: float) -> Tensor:
@@ -40,16 +50,66 @@ def block_causal(sizes: Sequence[Size], backend: Backend, device: torch.device) 
 
         return masked
 
+    counts = [h * w for h, w in sizes]
+
     def blockwise(q_BHLE: Tensor, k_BHLE: Tensor, v_BHLE: Tensor, scale: float) -> Tensor:
-        outputs, start = [], 0
-        for h, w in sizes:
-            end = start + h * w
-            keys, values = k_BHLE[:, :, :end], v_BHLE[:, :, :end]
-            outputs.append(F.scaled_dot_product_attention(q_BHLE[:, :, start:end], keys, values, scale=scale))
-            start = end
-        return torch.cat(outputs, dim=2)
+        result: Tensor = Blockwise.apply(q_BHLE, k_BHLE, v_BHLE, scale, counts)
+        return result
 
     return blockwise
+
+
+class Blockwise(torch.autograd.Function):
+    """Step by step over the keys up to each step, forwards and backwards by plain matrix products.
+
+    Against one fused call per step under autograd: the gradients of keys and values are added up in place
+    instead of being padded with zeros to all keys at every step, and in bf16 a CPU's matrix products are
+    several times as fast as its fused kernel. Scores and softmax are in fp32 whatever the type of q and k (a
+    learned scale makes scores of up to 100, which bf16 would round by 0.25); probabilities are kept in it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q_BHLE: Tensor, k_BHLE: Tensor, v_BHLE: Tensor, scale: float, counts: list[int]
+    ) -> Tensor:
+        """``scale`` of the scores; ``counts`` tokens of each step."""
+        shape, kind = q_BHLE.shape, q_BHLE.dtype
+        q, k, v = (x.reshape(-1, *shape[2:]) for x in (q_BHLE, k_BHLE, v_BHLE))
+        precise_q, precise_k = q.float() * scale, k.float()
+        out, kept, start = torch.empty_like(q), list[Tensor](), 0
+        for count in counts:
+            end = start + count
+            scores = torch.bmm(precise_q[:, start:end], precise_k[:, :end].mT)
+            weights = torch.softmax(scores, dim=-1).to(kind)
+            torch.bmm(weights, v[:, :end], out=out[:, start:end])
+            kept.append(weights)
+            start = end
+        ctx.scale, ctx.counts, ctx.shape = scale, counts, shape
+        ctx.save_for_backward(q, k, v, out, *kept)
+        return out.view(shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad_BHLE: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        """With P the weights: dV = Pᵀ·dO, dS = P ∘ (dO·Vᵀ − Σ dO ∘ O), dQ = s·dS·K, dK = s·dSᵀ·Q."""
+        q, k, v, out, *kept = ctx.saved_tensors
+        grad = grad_BHLE.reshape(q.shape)
+        mean = (grad.float() * out.float()).sum(dim=-1, keepdim=True).to(q.dtype)
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        end = q.shape[1]
+        for count, weights in zip(reversed(ctx.counts), reversed(kept), strict=True):
+            start = end - count
+            own = grad[:, start:end]
+            scores = torch.bmm(own, v[:, :end].mT).sub_(mean[:, start:end]).mul_(weights)
+            torch.bmm(scores, k[:, :end], out=dq[:, start:end])
+            if end == q.shape[1]:  # the last step sees all keys: it comes first, and nothing needs zeros
+                torch.bmm(scores.mT, q[:, start:end], out=dk)
+                torch.bmm(weights.mT, own, out=dv)
+            else:
+                dk[:, :end].baddbmm_(scores.mT, q[:, start:end])
+                dv[:, :end].baddbmm_(weights.mT, own)
+            end = start
+        shape = ctx.shape
+        return dq.mul_(ctx.scale).view(shape), dk.mul_(ctx.scale).view(shape), dv.view(shape), None, None
 
 
 def causal(q_BHLE: Tensor, k_BHLE: Tensor, v_BHLE: Tensor, scale: float) -> Tensor:
@@ -76,4 +136,7 @@ class KeyValueCache:
     def attend(self, q_BHLE: Tensor, k_BHLE: Tensor, v_BHLE: Tensor, scale: float) -> Tensor:
         """Attention of a new chunk over itself and everything before it; no mask is needed."""
         keys, values = self.extend(k_BHLE, v_BHLE)
+        if q_BHLE.device.type == "cpu" and q_BHLE.dtype == torch.bfloat16:  # as in ``Blockwise``
+            weights = torch.softmax(q_BHLE.float() * scale @ keys.float().mT, dim=-1)
+            return weights.bfloat16() @ values
         return F.scaled_dot_product_attention(q_BHLE, keys, values, scale=scale)

@@ -167,18 +167,22 @@ class Head(nn.Module):
             self.adaln = nn.Linear(w, 2 * w)
         self.to_vocab = Linear(w, config.vocab)
 
+    def features(self, x_BLW: Tensor, cond_BW: Tensor) -> Tensor:
+        """What the vocabulary's matrix takes, (B, L, W) in fp32; ``cond_BW`` is the class embedding."""
+        if self.plain:
+            normed_BLW: Tensor = self.norm(x_BLW.float())
+            return normed_BLW
+        scale_BW, shift_BW = self.adaln(F.silu(cond_BW)).chunk(2, dim=-1)
+        return torch.addcmul(shift_BW[:, None], layer_norm(x_BLW.float()), 1 + scale_BW[:, None])
+
     def forward(self, x_BLW: Tensor, cond_BW: Tensor, guidance: float | None = None) -> Tensor:
-        """Logits (B, L, V) in fp32; ``cond_BW`` is the class embedding.
+        """Logits (B, L, V) in fp32.
 
         Args:
             guidance: t of classifier-free guidance; the second half of the batch is then the first without
                 its classes, and the logits are c + t·(c − u) of the two, for the first half.
         """
-        if self.plain:
-            normed_BLW = self.norm(x_BLW.float())
-        else:
-            scale_BW, shift_BW = self.adaln(F.silu(cond_BW)).chunk(2, dim=-1)
-            normed_BLW = torch.addcmul(shift_BW[:, None], layer_norm(x_BLW.float()), 1 + scale_BW[:, None])
+        normed_BLW = self.features(x_BLW, cond_BW)
         if guidance is not None:
             # Logits are linear in this: guiding here halves the largest matrix product.
             conditional, unconditional = normed_BLW.chunk(2)

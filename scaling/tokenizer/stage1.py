@@ -44,6 +44,11 @@ TERMS = ("loss", "pixel_l1", "pixel_l2", "vq", "entropy", "perceptual", "adversa
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def not_finite(what: str) -> ConfigError:
+    """That training cannot go on, and what to change."""
+    return ConfigError(f"{what}; lower tokenizer_train.lr or use tokenizer_train.precision fp32")
+
+
 class Stage1:
     """Everything that stage 1 trains, on the accelerator's device.
 
@@ -285,10 +290,7 @@ class Stage1:
         """
         means = dict(zip(TERMS, (self.sums / self.summed).tolist(), strict=True))
         if not torch.isfinite(self.sums).all():
-            raise ConfigError(
-                f"the tokenizer's loss is not finite at step {step} (loss {means['loss']}); "
-                "lower tokenizer_train.lr or use tokenizer_train.precision fp32"
-            )
+            raise not_finite(f"the tokenizer's loss is not finite at step {step} (loss {means['loss']})")
         record: dict[str, Any] = dict(means)
         if self.config.train.entropy == 0:
             record["entropy"] = None

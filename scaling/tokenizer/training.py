@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from scaling.agreement import Agreement, same_start
-from scaling.checkpoint import load_checkpoint, save_checkpoint
+from scaling.checkpoint import NotFiniteError, load_checkpoint, save_checkpoint
 from scaling.config import ConfigError, LaunchConfig, TokenizerRunConfig, from_dict, identity, require
 from scaling.data.images import ImageSource
 from scaling.data.sources import open_source
@@ -40,7 +40,7 @@ from scaling.tokenizer import metrics
 from scaling.tokenizer.codebook import hits, perplexity, usage
 from scaling.tokenizer.feed import KeptOriginals, prefetched, train_images, validation_images
 from scaling.tokenizer.pictures import reconstruction_sheet
-from scaling.tokenizer.stage1 import Stage1
+from scaling.tokenizer.stage1 import Stage1, not_finite
 from scaling.tokenizer.vqvae import Tokenizer, save_tokenizer
 
 log = logging.getLogger("scaling.tokenizer")
@@ -140,7 +140,10 @@ def train_tokenizer(
     def checkpoint(step: int) -> None:
         if main_process:
             folder.sync()
-            save_checkpoint(folder.checkpoints, step, trained.tensors(), trained.state())
+            try:
+                save_checkpoint(folder.checkpoints, step, trained.tensors(), trained.state())
+            except NotFiniteError as error:
+                raise not_finite(f"after step {step} {error}") from None
 
     saved = load_checkpoint(folder.checkpoints)
     first = saved.step if saved else 0

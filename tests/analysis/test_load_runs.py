@@ -34,6 +34,29 @@ def test_unfinished_runs_are_kept_flagged_and_counted(tmp_path: Path) -> None:
     assert "loss <is> not finite" in note
 
 
+def test_a_diverged_run_is_never_fitted_and_named_in_the_report(tmp_path: Path) -> None:
+    sound, folder = (
+        fabricate.sweep(tmp_path / "sound", depths=(1, 2, 3, 4)),
+        fabricate.sweep(tmp_path / "all"),
+    )
+    name = "var-d5-s0-0123456789"
+    run = RunFolder(folder / name)
+    run.set_status("running", step=150, total_steps=300)
+    run.fail("the loss is 91.2 at step 150", 1, "diverged")
+    frame = load_runs(folder)
+    (note,) = frame.attrs["notes"]
+    assert note == f"{name} diverged at step 150 of 300: the loss is 91.2 at step 150; it is never fitted"
+    assert set(frame[frame["run"] == name]["state"]) == {"failed"}
+    fits = [
+        json.loads((make_report(f).parent / "fits.json").read_text())["families"]["var"]["laws"]
+        for f in (sound, folder)
+    ]
+    assert fits[0] == fits[1], "its evaluations count nowhere, in the frontiers neither"
+    report = folder / "report"
+    assert note in (report / "report.md").read_text().replace("\\", "")
+    assert f"{name} diverged at step 150 of 300" in (report / "report.html").read_text()
+
+
 def test_nan_losses_are_named(tmp_path: Path) -> None:
     folder = fabricate.sweep(tmp_path)
     file = folder / "var-d2-s0-0123456789" / "metrics.jsonl"

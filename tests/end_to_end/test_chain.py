@@ -128,6 +128,13 @@ def test_status_and_plan_know_that_all_is_done(unbroken: Path) -> None:
     assert {job["state"] for job in states.values()} == {"done"}
     plan = json.loads(finish(unbroken, "plan", "--json"))
     assert plan["total"]["flops_to_do"] == 0
+    for run in plan["runs"]:
+        folder = RunFolder(unbroken / "runs" / "tiny" / run["run"])
+        last = folder.metrics("eval")[-1]
+        assert (run["flops"], run["tokens"]) == (last["flops"], last["tokens"]), (
+            "planned is recorded, exactly"
+        )
+        assert set(folder.status()["seconds"]) == {"train", "evaluation", "checkpoints", "samples"}
     recorded = [r.metrics("eval")[-1]["flops"] for r in list_runs(unbroken / "runs" / "tiny")]
     assert [run["flops"] for run in plan["runs"]] == recorded
     assert plan["total"]["seconds_to_do"] == 0
@@ -217,4 +224,21 @@ def test_killed_at_every_stage_it_ends_with_the_same_numbers(unbroken: Path, tmp
         launcher.wait()
     finish(tmp_path)
     assert token_bytes(tmp_path) == token_bytes(unbroken)
+    assert numbers(tmp_path) == numbers(unbroken)
+
+
+@pytest.mark.slow
+def test_two_launchers_at_once_train_every_run_once(unbroken: Path, tmp_path: Path) -> None:
+    launchers = [
+        subprocess.Popen(command(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for _ in range(2)
+    ]
+    outputs = [launcher.communicate(timeout=300)[0] for launcher in launchers]
+    assert [launcher.returncode for launcher in launchers] == [0, 0], outputs
+    folders = [RunFolder(p.parent) for p in (tmp_path / "runs").glob("*/*/status.json")]
+    attempts = {
+        folder.name: folder.status()["attempt"] for folder in folders if "tokens" not in folder.path.parts
+    }
+    assert len(attempts) == 3
+    assert set(attempts.values()) == {1}
     assert numbers(tmp_path) == numbers(unbroken)

@@ -78,6 +78,7 @@ def write_sweep(root: Path) -> list[RunFolder]:
         ("plan", "quickstart"),
         ("plan", "quickstart", "--json"),
         ("plan", "imagenet256", "--depths", "6", "30"),
+        ("plan", "imagenet256", "--device", "h100", "--mfu", "0.4", "--price", "2.5", "--energy"),
         ("plan", "families-cpu", "--families", "raster", "flexvar"),
     ],
 )
@@ -130,6 +131,20 @@ def test_status_needs_no_torch_and_shows_every_job(tmp_path: Path) -> None:
     states = json.loads(cli("status", "quickstart", "--root", tmp_path, "--json").stdout)
     assert states[folders[2].name]["step"] == 30
     assert states["tokenizer"]["state"] == "waiting"
+    missing = f"missing: tokenizer (waiting), tokens (waiting), {folders[2].name} (running), "
+    assert f"{missing}{folders[3].name} (failed)" in result.stdout
+
+
+def test_status_tells_a_diverged_run_from_one_that_failed(tmp_path: Path) -> None:
+    folders = write_sweep(tmp_path)
+    for folder in folders:
+        folder.set_status("done")
+    folders[2].fail("the loss became nan at step 7", 1, "diverged")
+    shown = cli("status", "quickstart", "--root", tmp_path).stdout
+    assert "diverged" in shown
+    assert f"missing: {folders[2].name} (diverged)\n" in shown
+    folders[2].set_status("done")
+    assert "all done" in cli("status", "quickstart", "--root", tmp_path).stdout
 
 
 def test_report_needs_no_torch_even_when_there_is_nothing_to_report(tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def test_a_full_disk_costs_only_the_new_checkpoint(
     save_checkpoint(tmp_path, 1, tensors(1), {})
     with monkeypatch.context() as patch:
         patch.setattr(os if call == "fsync" else Path, call, full)
-        with pytest.raises(RecordsError, match=r"step-000000002: .*No space left"):
+        with pytest.raises(OSError, match="No space left"):
             save_checkpoint(tmp_path, 2, tensors(2), {})
     assert steps(tmp_path) == ["step-000000001"]
     found = load_checkpoint(tmp_path)

@@ -10,11 +10,12 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from scaling import process
-from scaling.process import Interrupted, JobProcess, alive, one_line, run_job
+from scaling.process import DivergedError, Interrupted, JobProcess, alive, cause_of, one_line, run_job
 from scaling.records import FolderBusyError, RecordsError, RunFolder
 from scaling.schema import ConfigError
 
@@ -36,6 +37,12 @@ WAITING_JOB = """
 
     sys.exit(run_job(main))
 """
+
+
+def because(error: Exception, cause: Exception) -> Exception:
+    """As after ``raise error from cause``."""
+    error.__cause__ = cause
+    return error
 
 
 def start(folder: Path, **environment: str) -> subprocess.Popen[str]:
@@ -74,6 +81,9 @@ def test_done_keeps_the_last_facts_and_counts_attempts(tmp_path: Path) -> None:
         (OSError(errno.ENOSPC, "No space left on device", "/x/y.bin"), 2, "failed"),
         (RuntimeError("boom"), 1, "failed"),
         (OSError(errno.EIO, "Input/output error"), 1, "failed"),
+        (because(RecordsError("could not be read"), OSError(errno.ESTALE, "Stale file handle")), 1, "failed"),
+        (because(RecordsError("could not be read"), OSError(errno.ENOSPC, "No space")), 2, "failed"),
+        (DivergedError("the loss became nan"), 1, "failed"),
     ],
 )
 def test_how_a_job_ends(
@@ -92,12 +102,12 @@ def test_how_a_job_ends(
     told = capfd.readouterr().err
     if code == 2:
         assert told == one_line(error) + "\n"
-    assert ("Traceback" in told) == (code == 1)
+    assert ("Traceback" in told) == (code == 1 and not isinstance(error, DivergedError))
     if state == "failed":
-        assert status["error"] == one_line(error)
+        assert (status["error"], status["cause"]) == (one_line(error), cause_of(error))
         assert "\n" not in status["error"]
     with JobProcess(folder):
-        assert "error" not in folder.status()
+        assert not folder.status().keys() & {"error", "cause", "exit_code"}
 
 
 def test_a_full_disk_is_one_line_that_says_what_to_do() -> None:
@@ -146,7 +156,7 @@ def test_the_others_enter_after_the_main_process(tmp_path: Path) -> None:
     """Else it would take a failure of theirs for one of the attempt before, and forget it."""
     folder, waited = RunFolder(tmp_path), []
     folder.set_status("running", attempt=1)
-    folder.fail("of the attempt before", 1)
+    folder.fail("of the attempt before", 1, "error")
 
     def wait() -> None:
         waited.append(folder.status()["state"])
@@ -171,6 +181,39 @@ def test_the_heartbeat_goes_on_while_the_job_is_silent(
         while folder.status()["heartbeat"] == first and time.monotonic() < deadline:
             time.sleep(0.01)
         assert folder.status()["heartbeat"] > first
+
+
+def test_a_heart_that_beats_is_no_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "BEAT_SECONDS", 0.02)
+    monkeypatch.setattr(process, "IDLE_SECONDS", 0.02)
+    folder = RunFolder(tmp_path)
+
+    def until(key: str, changed_from: float) -> dict[str, Any]:
+        deadline = time.monotonic() + 5
+        while folder.status().get(key) == changed_from and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return folder.status()
+
+    with JobProcess(folder) as job:
+        first = folder.status()
+        later = until("heartbeat", first["heartbeat"])
+        assert later["progress_at"] == first["progress_at"]
+        for sign in (lambda: job.beat(step=1), job.should_stop):
+            before = folder.status()
+            sign()
+            assert until("progress_at", before["progress_at"])["progress_at"] > before["progress_at"]
+
+
+def test_a_full_disk_that_takes_stderr_too_keeps_the_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full:
+        def write(self, text: str) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def main() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "x")
+
+    monkeypatch.setattr(sys, "stderr", Full())
+    assert run_job(main) == 2
 
 
 def test_a_full_disk_reaches_the_job_through_its_heartbeat_and_is_told_in_one_line(

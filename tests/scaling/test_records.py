@@ -96,8 +96,8 @@ def test_status_merges_and_clears_old_errors(folder: RunFolder) -> None:
 
 def test_the_first_failure_counts_whatever_the_main_process_writes(folder: RunFolder) -> None:
     folder.set_status("running", attempt=1)
-    folder.fail("the cause", 2)
-    folder.fail("what followed", 1)
+    folder.fail("the cause", 2, "refused")
+    folder.fail("what followed", 1, "error")
     for state in ("running", "done", "failed"):
         folder.update_status(state, step=7)
         status = RunFolder(folder.path).status()
@@ -114,7 +114,7 @@ import sys
 from scaling.records import RunFolder
 folder = RunFolder(sys.argv[1])
 sys.stdin.readline()
-folder.fail(f"error of {sys.argv[2]}", 1)
+folder.fail(f"error of {sys.argv[2]}", 1, "error")
 """
 
 

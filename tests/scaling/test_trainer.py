@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +16,18 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from scaling import flops
 from scaling.checkpoint import load_checkpoint
+from scaling.clock import Clock
 from scaling.config import ConfigError, LaunchConfig, RunConfig, SamplingConfig
 from scaling.data.cache import open_cache
-from scaling.process import Interrupted, JobProcess
+from scaling.process import DivergedError, Interrupted, JobProcess, cause_of, exit_code, one_line
 from scaling.records import RunFolder
 from scaling.tokenizer.vqvae import load_tokenizer
-from scaling.trainer import TrainingError, make_accelerator, train
+from scaling.trainer import make_accelerator, train
 from tests.scaling import tiny
 
 TIMES = {"images_per_second"}
@@ -164,9 +165,14 @@ def test_sigkill_and_restart_end_with_the_same_numbers(
     assert numbers(folder) == numbers(unbroken)
 
 
-def start(folder: RunFolder, chain: tuple[Path, Path], prefix: list[str] | None = None) -> subprocess.Popen:
+def start(
+    folder: RunFolder,
+    chain: tuple[Path, Path],
+    prefix: list[str] | None = None,
+    more: Sequence[str] = (),
+) -> subprocess.Popen:
     command = [*(prefix or [sys.executable]), "-m", "scaling.trainer", str(folder.path)]
-    command += ["--tokens", str(chain[0]), "--tokenizer", str(chain[1])]
+    command += ["--tokens", str(chain[0]), "--tokenizer", str(chain[1]), *more]
     return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
@@ -251,20 +257,49 @@ def test_bf16_trains(chain: tuple[Path, Path], tmp_path: Path) -> None:
     assert folder.metrics("eval")[-1]["loss_avg"] > 0
 
 
-def test_blockwise_attention_changes_only_rounding(
+def test_masked_attention_changes_only_rounding(
     unbroken: RunFolder, chain: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    launch = dataclasses.replace(tiny.LAUNCH, attention="blockwise")
+    assert unbroken.status()["attention"] == "blockwise"  # what auto takes on a CPU
+    launch = dataclasses.replace(tiny.LAUNCH, attention="masked")
     folder = run(tmp_path / "run", chain, tiny.run_config(), launch)
     assert_equal_within_rounding(folder, unbroken)
 
 
 def test_a_loss_that_is_no_number_fails_the_run(chain: tuple[Path, Path], tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match=r"loss became nan at step"):
+    with pytest.raises(DivergedError, match=r"loss became nan at step"):
         run(tmp_path / "run", chain, tiny.run_config(lr=1e30, clip=1e30))
     status = RunFolder(tmp_path / "run").status()
     assert status["state"] == "failed"
     assert "nan" in status["error"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk takes root")
+def test_a_full_disk_stops_a_run_in_one_line_and_room_lets_it_go_on_to_the_same_numbers(
+    unbroken: RunFolder, chain: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2560k", "varscale-test", str(disk)]
+    if subprocess.run(mount, check=False).returncode != 0:
+        pytest.skip("mounting is not allowed here")
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(Clock, "checkpoint_due", lambda self: True)
+            with pytest.raises((OSError, SafetensorError)) as full:
+                run(disk / "run", chain, tiny.run_config())
+        AcceleratorState._reset_state(reset_partial_state=True)
+        assert (cause_of(full.value), exit_code(full.value)) == ("disk", 2)
+        assert "the disk is full" in one_line(full.value)
+        folder = RunFolder(disk / "run")
+        reached = load_step(folder.path)
+        assert 0 < reached < 20
+        assert folder.metrics() is not None
+        subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+        run(disk / "run", chain, tiny.run_config())
+        assert numbers(folder) == numbers(unbroken)
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 def test_tokens_of_another_tokenizer_are_refused_on_resume(chain: tuple[Path, Path], tmp_path: Path) -> None:
@@ -276,35 +311,18 @@ def test_tokens_of_another_tokenizer_are_refused_on_resume(chain: tuple[Path, Pa
 
 def test_fp16_without_a_gpu_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="fp16 needs a GPU"):
-        make_accelerator(tiny.run_config(precision="fp16"), tiny.LAUNCH, RunFolder(tmp_path))
+        make_accelerator(tiny.run_config(precision="fp16"), tiny.LAUNCH)
 
 
 def test_a_batch_smaller_than_the_processes_is_refused(chain: tuple[Path, Path]) -> None:
     from types import SimpleNamespace
 
-    from scaling.trainer import Batches
+    from scaling.training_step import Batches
 
     accelerator = SimpleNamespace(num_processes=9, process_index=0, device=torch.device("cpu"))
     split = open_cache(chain[0]).split("train")
     with pytest.raises(ConfigError, match=r"train\.batch 8 is smaller than the 9 processes"):
-        Batches(tiny.run_config(), tiny.LAUNCH, accelerator, split)  # type: ignore[arg-type]
-
-
-def test_wandb_mirror_holds_every_point(chain: tuple[Path, Path], tmp_path: Path) -> None:
-    pytest.importorskip("wandb")
-    launch = dataclasses.replace(tiny.LAUNCH, wandb="offline")
-    folder = run(tmp_path / "sweep" / "run", chain, tiny.run_config(steps=8), launch)
-    files = list(folder.path.glob("wandb/offline-run-*/*.wandb"))
-    assert len(files) == 1
-    assert logged_steps(files[0]) == [r["step"] for r in folder.metrics()]
-
-
-def logged_steps(file: Path) -> list[int]:
-    """The ``step`` values of an offline wandb file's history, read back with wandb's own reader."""
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
-    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    history = [r["history"] for r in map(json.loads, output.splitlines()) if r["type"] == "history"]
-    return [line["item"]["step"] for line in history]
+        Batches(tiny.run_config(), tiny.LAUNCH, accelerator, split, RunFolder(chain[0]))  # type: ignore[arg-type]
 
 
 BLIND = """

@@ -1,10 +1,14 @@
 """A job that counts instead of training: same folder, lock, status and exit codes as a real one.
 
-python fake_job.py FOLDER STEPS [--fail | --refuse | --empty | --die | --disk-full]
+python fake_job.py FOLDER STEPS [--fail | --refuse | --empty | --die | --diverge | --short | --hang | --flaky]
+
+--flaky is killed in each of the first three attempts, a step later each time; --short runs out of memory four
+times; --hang stands still with a heartbeat and a child.
 """
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -34,6 +38,13 @@ def main(folder: RunFolder, steps: int, behaviour: str) -> int:
             return 1
         if behaviour == "--die":
             os.kill(os.getpid(), signal.SIGKILL)
+        if behaviour in ("--diverge", "--short"):
+            cause = "diverged" if behaviour == "--diverge" else "memory"
+            again = int(status.get("cause") == "diverged") + status.get("divergences", 0)
+            folder.update_status("running", divergences=again)
+            if cause == "diverged" or status.get("attempt", 0) < 4:
+                folder.fail(f"it {cause}", 1, cause)
+                return 1
         if behaviour == "--empty":
             return 0
         launcher = int(os.environ["VARSCALE_LAUNCHER_PID"])
@@ -45,6 +56,13 @@ def main(folder: RunFolder, steps: int, behaviour: str) -> int:
             folder.set_status(
                 "running", step=step, total_steps=steps, loss=1.0 / step, images_per_second=20.0
             )
+            if behaviour == "--hang" or (behaviour == "--flaky" and status.get("attempt", 0) < 3):
+                if behaviour == "--flaky":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                subprocess.Popen([sys.executable, "-c", f"import time; time.sleep(60) # {folder.path}"])
+                while True:  # its heart beats on
+                    time.sleep(0.05)
+                    folder.set_status("running", progress_at=1.0)
             if asked or not alive(launcher):
                 time.sleep(0.2)  # writing a checkpoint takes a while
                 folder.set_status("interrupted")

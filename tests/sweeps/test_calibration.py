@@ -12,12 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scaling import flops
-from scaling.config import LaunchConfig, to_dict
+from scaling.config import LaunchConfig, RunConfig, to_dict
 from scaling.records import RecordsError
 from sweeps import calibration
 from sweeps.calibration import ImageSpeed, RunSpeed
 from sweeps.machine import Allotment, Machine
-from sweeps.plan import Plan, makespan, stage_of
+from sweeps.packing import makespan
+from sweeps.plan import Plan, stage_of
 from sweeps.recipe import load_recipe
 from sweeps.tables import duration, plan_notes
 from tests.sweeps.test_plan import LAPTOP, planned, printed
@@ -39,7 +40,13 @@ def stage_speed(plan: Plan, job: Literal["tokenizer", "tokens"], images_per_seco
 
 
 def time_note(plan: Plan) -> str:
-    return plan_notes(plan)[-1]
+    (note,) = [n for n in plan_notes(plan) if n.startswith("time: ")]
+    return note
+
+
+def work(config: RunConfig) -> float:
+    """FLOPs of a run's training and evaluations."""
+    return flops.spent(config, config.total_steps).flops + calibration.evaluation_flops(config)
 
 
 def test_without_a_measurement_no_time_is_told_and_the_note_says_for_what(tmp_path: Path) -> None:
@@ -90,9 +97,9 @@ def test_a_depth_that_finished_gives_its_own_time_and_the_others_are_told_by_the
     tmp_path: Path,
 ) -> None:
     first = planned(tmp_path)
-    work = [calibration.run_flops(config) for config in first.configs]
+    works = [work(config) for config in first.configs]
     trained = first.configs[0].total_steps * 64
-    assert work[0] == pytest.approx(first.runs[0].flops * (1 + 12 * 512 / 3 / trained))
+    assert works[0] == pytest.approx(first.runs[0].flops * (1 + 12 * 512 / 3 / trained))
     calibration.add(speed_of(first, 2, 1e9, 3.0))
     calibration.add(speed_of(first, 4, 1e11, 7.0))
     calibration.add(speed_of(first, 3, 1.0, 1.0, seq_len=680))  # far from 30 tokens: not used
@@ -100,12 +107,12 @@ def test_a_depth_that_finished_gives_its_own_time_and_the_others_are_told_by_the
     calibration.add(stage_speed(first, "tokens", 1000.0))
     plan = planned(tmp_path)
     seconds = [r.seconds for r in plan.runs]
-    assert seconds[1] == pytest.approx(work[1] / 1e9 + 3)
-    assert seconds[3] == pytest.approx(work[3] / 1e11 + 7)
-    assert seconds[0] == pytest.approx(work[0] / 1e9 + 3), "the nearest depth's speed"
-    assert seconds[4] == pytest.approx(work[4] / 1e11 + 7)
+    assert seconds[1] == pytest.approx(works[1] / 1e9 + 3)
+    assert seconds[3] == pytest.approx(works[3] / 1e11 + 7)
+    assert seconds[0] == pytest.approx(works[0] / 1e9 + 3), "the nearest depth's speed"
+    assert seconds[4] == pytest.approx(works[4] / 1e11 + 7)
     between = 1e9 ** (1 - math.log2(1.5)) * 1e11 ** math.log2(1.5)
-    assert seconds[2] == pytest.approx(work[2] / between + 3 + 4 * math.log2(1.5))
+    assert seconds[2] == pytest.approx(works[2] / between + 3 + 4 * math.log2(1.5))
     assert [found and found.measured for found in plan.estimates] == [
         True,
         True,
@@ -116,8 +123,8 @@ def test_a_depth_that_finished_gives_its_own_time_and_the_others_are_told_by_the
         False,
     ]
     note = time_note(plan)
-    assert "depths 2, 4 at the speed of the last run of that depth finished on this machine" in note
-    assert "~ depths 1, 3, 5 by FLOPs, from the speed of 2 finished runs (depths 2, 4)" in note
+    assert "depths 2, 4 at the speed last measured at that depth on this machine" in note
+    assert "~ depths 1, 3, 5 by FLOPs, from the speed of 2 measured depths (depths 2, 4)" in note
     assert "unknown" not in note
     stage = plan.recipe.tokenizer_train
     assert plan.jobs[0].seconds == pytest.approx(stage.steps * stage.batch / 100)
@@ -168,7 +175,7 @@ def test_an_estimate_lies_between_those_of_its_neighbours(speeds: dict[int, floa
     )
     found = known.run(run, Machine("x", 1, 1, ()), allotment, LaunchConfig())
     assert found is not None
-    speed = calibration.run_flops(run) / found.seconds
+    speed = work(run) / found.seconds
     used = [speeds[d] for d in found.depths]
     assert min(used) * (1 - 1e-9) <= speed <= max(used) * (1 + 1e-9)
     assert found.measured == (depth in speeds)

@@ -19,8 +19,10 @@ from sweeps.options import options_of, parse
 from sweeps.plan import Plan, cache_bytes, make_plan, stage_of
 from sweeps.recipe import Recipe, load_recipe, tokenizer_runs
 from sweeps.scheduler import Result, Scheduler
-from sweeps.tables import plan_notes, status_table, sweep_folders
+from sweeps.status import read_status
+from sweeps.tables import plan_notes, sweep_folders
 from tests.sweeps.fake_sweep import fake_job
+from tests.sweeps.test_calibration import work
 from tests.sweeps.test_plan import LAPTOP, NODE, finish, printed
 
 FAMILIES = ("var", "flexvar", "flexvar-mamba", "raster")
@@ -304,9 +306,9 @@ def test_a_status_names_every_job(tmp_path: Path) -> None:
     plan = planned(tmp_path)
     plan.write()
     plan.jobs[2].folder.set_status("running", step=3, total_steps=50)
-    table = status_table(plan.folders.sweep)
-    assert list(table.columns[0].cells) == [job.name for job in plan.jobs]
-    assert list(table.columns[1].cells)[2] == "running"
+    found = read_status(plan.folders.sweep)
+    assert [job.name for job in found.jobs] == [job.name for job in plan.jobs]
+    assert found.jobs[2].state == "running"
 
 
 def test_only_tokens_that_something_is_still_trained_from_are_looked_through(tmp_path: Path) -> None:
@@ -457,7 +459,7 @@ def test_a_damaged_list_of_runs_is_told_by_every_reader(tmp_path: Path, value: s
     sweep = tmp_path / "four"
     sweep.mkdir()
     (sweep / "sweep.json").write_text(value)
-    for read in (sweep_folders, status_table, lambda s: where.finished_run(s, 1)):
+    for read in (sweep_folders, read_status, lambda s: where.finished_run(s, 1)):
         with pytest.raises(RecordsError, match=r"four/sweep\.json: "):
             read(sweep)
 
@@ -477,12 +479,12 @@ def test_a_runs_speed_belongs_to_its_family(tmp_path: Path) -> None:
     calibration.add(speed)
     again = planned(tmp_path)
     seconds = {(r.family, r.depth): r.seconds for r in again.runs}
-    assert seconds["raster", 1] == pytest.approx(calibration.run_flops(config) / 1e9 + 3)
+    assert seconds["raster", 1] == pytest.approx(work(config) / 1e9 + 3)
     assert seconds["var", 1] is None is seconds["flexvar-mamba", 1]
     assert seconds["flexvar", 1] is not None
-    note = plan_notes(again)[-1]
-    assert "raster depth 1 at the speed of the last run" in note
-    assert "~ raster depth 2 by FLOPs, from the speed of 1 finished run (depth 1)" in note
+    (note,) = [n for n in plan_notes(again) if n.startswith("time: ")]
+    assert "raster depth 1 at the speed last measured at that depth" in note
+    assert "~ raster depth 2 by FLOPs, from the speed of 1 measured depth (depth 1)" in note
     assert "unknown for var depths 1, 2, flexvar-mamba depths 1, 2: no run of the family has finished" in note
 
 

@@ -17,7 +17,8 @@ from scaling.records import RecordsError, RunFolder, read_json
 from sweeps import machine
 from sweeps.jobs import command
 from sweeps.machine import MEMORY_SHARE, PROCESS_BYTES, Machine, allot
-from sweeps.plan import Plan, cache_bytes, make_plan, makespan
+from sweeps.packing import makespan
+from sweeps.plan import Plan, cache_bytes, make_plan
 from sweeps.recipe import Recipe, load_recipe
 from sweeps.tables import duration, number, plan_notes, plan_table, size
 

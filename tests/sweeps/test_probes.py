@@ -1,0 +1,201 @@
+"""A calibration: which depths are timed, what is remembered of it, and what is refused."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scaling.config import ConfigError
+from scaling.flops import forward_flops, spent
+from sweeps import calibration, probes
+from sweeps.calibration import ImageSpeed, RunSpeed
+from sweeps.jobs import Job
+from sweeps.machine import Machine
+from sweeps.plan import Plan, stage_of, stage_threads
+from sweeps.recipe import load_recipe
+from tests.sweeps.test_calibration import speed_of
+from tests.sweeps.test_plan import LAPTOP, planned
+
+FAKE = """
+import json, sys, pathlib
+from scaling.records import RunFolder
+folder = RunFolder(sys.argv[1])
+with folder.lock():
+    folder.set_status("running", attempt=1)
+    (folder.path / "speed.json").write_text(sys.argv[2])
+    folder.set_status("done")
+"""
+RUN = {
+    "flops_per_second": 1e9, "evaluation_flops_per_second": 2e9, "checkpoint_seconds": 0.5, "steps": 7,
+    "inside_seconds": 0.0, "peak_memory": 400 * 2**20,
+}  # fmt: skip
+STAGE = {
+    "images_per_second": 50.0, "steps": 9, "evaluation_seconds": 2.0, "checkpoint_seconds": 0.25,
+    "once_seconds": 3.0, "inside_seconds": 0.0, "encoded_per_second": 200.0,
+}  # fmt: skip
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
+    """Probes that answer at once; the jobs that were started."""
+    started: list[Job] = []
+
+    def fake(what: Any, *args: Any) -> Job:
+        job = real(what, *args)
+        answer = json.dumps(RUN if what == "run" else STAGE)
+        started.append(job)
+        return dataclasses.replace(job, command=(sys.executable, "-c", FAKE, str(job.folder.path), answer))
+
+    real = probes._job
+    monkeypatch.setattr(probes, "_job", fake)
+    return started
+
+
+def probe(plan: Plan, root: Path, machine: Machine = LAPTOP, **more: Any) -> probes.Probed:
+    launch = plan.recipe.launch
+    stages = [stage_of(job) for job in plan.stage_jobs if job.kind == "tokenizer"]
+    return probes.probe_machine(
+        root, machine, launch, plan.configs, stages, plan.allotment, stage_threads(launch, machine),
+        more.pop("better", lambda speeds, number: False), **more,
+    )  # fmt: skip
+
+
+def test_the_ends_and_the_middle_are_timed() -> None:
+    assert probes.probe_depths([1, 2, 3, 4, 5], 3) == [1, 2, 5]
+    assert probes.probe_depths([6, 8, 12, 16, 20, 24, 30], 3) == [6, 12, 30]
+    assert probes.probe_depths([1, 2, 3, 4], 2) == [1, 4]
+    assert probes.probe_depths([3, 3], 3) == [3]
+
+
+def test_a_plan_after_a_calibration_knows_every_time_and_every_memory(
+    tmp_path: Path, timed: list[Job]
+) -> None:
+    recipe = load_recipe(
+        "quickstart", {("launch", "runs_at_once"): 2, ("launch", "checkpoint_seconds"): 60.0}
+    )
+    plan = planned(tmp_path, recipe)
+    found = probe(plan, tmp_path)
+    assert [job.name for job in timed].count("timing var depth 1") == 2, "every place is taken"
+    assert len(timed) == 1 + 3 * 2
+    assert list(tmp_path.iterdir()) == [], "nothing is left behind"
+    calibration.replace_all(found.speeds)
+    after = planned(tmp_path, recipe)
+    assert after.seconds is not None
+    for row, config, estimate in zip(after.runs, after.configs, after.estimates[2:], strict=True):
+        assert estimate is not None
+        training, images = row.flops / 1e9, len(config.eval_steps) * 512
+        evaluating = forward_flops(config.model) * images / 2e9
+        beside = row.seconds - training - evaluating - 0.5 * (training // 60)  # type: ignore[operator]
+        assert 0 <= beside < 20, "the start of a python"
+        assert estimate.measured == (row.depth in (1, 2, 5))
+        assert row.memory_measured
+    assert after.runs[0].memory_per_process == RUN["peak_memory"]
+    growth = [row.memory_per_process - calibration.closed_memory(c, LAPTOP, recipe.launch)
+              for row, c in zip(after.runs, after.configs, strict=True)]  # fmt: skip
+    assert growth == sorted(growth, reverse=True), "between depths that lacked less and less"
+
+
+def test_what_a_tokenizer_needs_beside_its_steps_is_counted(tmp_path: Path, timed: list[Job]) -> None:
+    plan = planned(tmp_path)
+    found = probe(plan, tmp_path)
+    (tokenizer,) = [s for s in found.speeds if isinstance(s, ImageSpeed) and s.job == "tokenizer"]
+    (tokens,) = [s for s in found.speeds if isinstance(s, ImageSpeed) and s.job == "tokens"]
+    start = tokens.other_seconds
+    # 600 steps, an evaluation and a checkpoint every 200: the first evaluation after 100 steps of none.
+    assert tokenizer.other_seconds == pytest.approx(start + 3.0 + 3 * 2.0 + 3 * 0.25)
+    assert (tokenizer.images_per_second, tokens.images_per_second) == (50.0, 200.0)
+
+
+def test_a_calibration_replaces_what_other_days_left_at_any_depth(tmp_path: Path, timed: list[Job]) -> None:
+    plan = planned(tmp_path)
+    calibration.add(speed_of(plan, 4, 1e12, 1.0))
+    calibration.add(dataclasses.replace(speed_of(plan, 4, 1e12, 1.0), device="another"))
+    calibration.replace_all(probe(plan, tmp_path).speeds)
+    runs = calibration.load().runs
+    assert {r.depth for r in runs if r.device == LAPTOP.name} == {1, 2, 5}
+    assert [r.depth for r in runs if r.device == "another"] == [4]
+
+
+def test_a_probe_that_fails_is_told_and_the_others_count(
+    tmp_path: Path, timed: list[Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fine = probes._job
+
+    def failing(what: Any, name: str, *args: Any) -> Job:
+        job = fine(what, name, *args)
+        broken = (sys.executable, "-c", "import sys; print('no memory left'); sys.exit(1)")
+        return dataclasses.replace(job, command=broken) if name.endswith("depth 5") else job
+
+    monkeypatch.setattr(probes, "_job", failing)
+    found = probe(planned(tmp_path), tmp_path)
+    assert {s.depth for s in found.speeds if isinstance(s, RunSpeed)} == {1, 2}
+    assert any("var depth 5" in note and "no memory left" in note for note in found.notes)
+
+
+def test_depths_that_do_not_fit_are_not_tried(tmp_path: Path, timed: list[Job]) -> None:
+    plan = planned(tmp_path, load_recipe("quickstart", {("launch", "runs_at_once"): 1}))
+    closed = [calibration.closed_memory(c, LAPTOP, plan.recipe.launch) for c in plan.configs]
+    small = dataclasses.replace(
+        LAPTOP, memory=int((closed[3] + probes.PROCESS_BYTES) / probes.MEMORY_SHARE) + 1
+    )
+    found = probe(plan, tmp_path, small)
+    assert {s.depth for s in found.speeds if isinstance(s, RunSpeed)} == {1, 2, 4}
+    assert found.notes == ("var depth 5: not timed, it does not fit into this machine's memory",)
+    with pytest.raises(ConfigError, match="no depth of the recipe fits"):
+        probe(plan, tmp_path, dataclasses.replace(LAPTOP, memory=2**20))
+
+
+def test_sharing_is_timed_on_gpus_for_as_long_as_it_gains(tmp_path: Path, timed: list[Job]) -> None:
+    gpu = Machine("a GPU", 8, 2**36, ("0",), 80 * 10**9)
+    plan = planned(tmp_path, load_recipe("quickstart", {("seeds",): [0, 1]}), gpu)
+    asked: list[int] = []
+
+    def better(speeds: Any, number: int) -> bool:
+        asked.append(number)
+        return number == 2
+
+    found = probe(plan, tmp_path, gpu, better=better)
+    numbers = [s.runs_per_gpu for s in found.speeds if isinstance(s, RunSpeed)]
+    assert numbers == [1] * 3 + [2] * 3 + [4] * 3
+    assert asked == [2, 4], "four gained nothing over two, so eight are not tried"
+    fixed = planned(tmp_path, load_recipe("quickstart", {("launch", "runs_per_gpu"): 1}), gpu)
+    assert {s.runs_per_gpu for s in probe(fixed, tmp_path, gpu).speeds if isinstance(s, RunSpeed)} == {1}
+
+
+def test_measured_sharing_decides_the_places_and_a_number_in_the_recipe_wins(tmp_path: Path) -> None:
+    gpu = Machine("a GPU", 8, 2**36, ("0",), 80 * 10**9)
+    first = planned(tmp_path, machine=gpu)
+    assert len(first.allotment.slots) == 1
+    alone = dataclasses.replace(speed_of(first, 3, 1e12, 0.0), device="a GPU", threads=8)
+    calibration.add(alone)
+    calibration.add(dataclasses.replace(alone, runs_per_gpu=2, threads=4, flops_per_second=0.9e12))
+    assert planned(tmp_path, machine=gpu).allotment.slots == (("0",), ("0",))
+    one = load_recipe("quickstart", {("launch", "runs_per_gpu"): 1})
+    assert planned(tmp_path, one, gpu).allotment.slots == (("0",),)
+    calibration.add(dataclasses.replace(alone, runs_per_gpu=2, threads=4, flops_per_second=0.5e12))
+    assert planned(tmp_path, machine=gpu).allotment.slots == (("0",),), "nothing gained"
+
+
+def test_several_machines_are_not_calibrated(tmp_path: Path) -> None:
+    recipe = load_recipe("quickstart", {("launch", "machines"): 2, ("launch", "main_address"): "host"})
+    with pytest.raises(ConfigError, match="times one machine"):
+        probe(planned(tmp_path, recipe), tmp_path)
+
+
+def test_a_finished_runs_own_account_tells_evaluation_from_training(tmp_path: Path) -> None:
+    plan = planned(tmp_path)
+    folder, config = plan.jobs[2].folder, plan.configs[0]
+    folder.append({"kind": "train", "step": 10, "images_per_second": 100.0})
+    folder.set_status("done", seconds={"train": 150.0, "evaluation": 20.0}, peak_memory=5 * 10**8)
+    speed = calibration.measure_run(folder, config, LAPTOP, plan.allotment, plan.recipe.launch, 200.0)
+    assert speed is not None
+    assert speed.evaluation_flops_per_second == pytest.approx(calibration.evaluation_flops(config) / 20)
+    training = spent(config, config.total_steps).flops / speed.flops_per_second
+    assert speed.other_seconds == pytest.approx(200 - 20 - training)
+    calibration.add(speed)
+    again = planned(tmp_path)
+    assert again.runs[0].seconds == pytest.approx(200.0)
+    assert again.runs[0].memory == 5 * 10**8
