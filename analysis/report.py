@@ -133,6 +133,7 @@ def _part(study: Study, several: bool, notes: list[str]) -> dict[str, Any]:
         "settings": report_tables.setting_rows(study),
         "rates": report_tables.rate_sentences(study),
         "samples": report_pictures.samples(study, notes),
+        "stages": report_pictures.stages(study, notes),
     }
 
 

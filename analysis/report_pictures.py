@@ -1,4 +1,4 @@
-"""What a report shows that lies beside the records: tokenizers and samples."""
+"""What a report shows that lies beside the records: tokenizers, samples and sheets of stages."""
 
 from __future__ import annotations
 
@@ -76,6 +76,12 @@ def samples(study: Study, notes: list[str]) -> list[dict[str, Any]]:
             }
         )
     return found
+
+
+def stages(study: Study, notes: list[str]) -> dict[str, Any]:
+    """The sheet that the command ``stages`` drew of the family, where it did."""
+    name = f"stages-{study.family}.png"
+    return {"picture": _picture(study.folder / name, notes), "path": f"../{name}"}
 
 
 def _picture(file: Path, notes: list[str]) -> str | None:

@@ -232,3 +232,14 @@ def test_a_forecast_of_a_fit_that_failed_has_no_numbers(tmp_path: Path) -> None:
     assert {law.converged for law in laws} == {True, False}
     for row, law in zip(rows, laws, strict=True):
         assert (row["predicted"] == row["error"] == row["covered"] == "–") == (not law.converged)
+
+
+def test_the_sheet_of_stages_is_shown_where_it_was_drawn(tmp_path: Path) -> None:
+    folder = fabricate.sweep(tmp_path, depths=(1, 2), families=("var", "raster"), evaluations=2)
+    assert "stages of training" not in make_report(folder).read_text()
+    fabricate._picture(folder / "stages-raster.png", (64, 64), np.random.default_rng(0))
+    report = make_report(folder)
+    assert Page(report.read_text()).tags.count("img") == 1
+    markdown = (report.parent / "report.md").read_text()
+    (shown,) = re.findall(r"!\[stages\]\(([^)]*)\)", markdown)
+    assert (report.parent / shown).resolve() == (folder / "stages-raster.png").resolve()
