@@ -271,8 +271,9 @@ def show_status(sweep: Path, as_json: bool, live: bool, make_forecasts: MakeFore
 
 def _seen(sweep: Path) -> dict[Path, Seen]:
     """What Slurm says of the sweep's jobs; nothing where none was handed to it."""
+    folders = {folder.path for _, folder in sweep_folders(sweep)}
     try:
-        return slurm.look(sweep.parent, {folder.path for _, folder in sweep_folders(sweep)})
+        return slurm.look(sweep.parent, folders)
     except RecordsError as error:  # what the folders say is worth showing all the same
         print(f"note: {error}", file=sys.stderr)
         return {}
