@@ -405,10 +405,11 @@ def read_sweep(sweep: str | Path) -> SweepRecord:
             "'run' with the same recipe and --root writes it again"
         )
     runs = tuple(ListedRun(**{key: run[key] for key in keys}) for run in listed)
-    everything = root.absolute().parent
+    home = Path(os.path.normpath(root.absolute()))
+    everything = home.parent
     for run in runs:
         for key, link in (("tokenizer", run.tokenizer), ("tokens", run.tokens)):
-            if not Path(os.path.normpath(root.absolute() / link)).is_relative_to(everything):
+            if not Path(os.path.normpath(home / link)).is_relative_to(everything):
                 raise RecordsError(f"{file}: {key} {link!r} of {run.run} lies outside {everything.name}/")
     return SweepRecord(value, runs)
 

@@ -263,3 +263,11 @@ def test_a_folder_made_from_other_images_is_told(folder: RunFolder) -> None:
         with pytest.raises(RecordsError, match=r"other images .* --data\.name"):
             ask("b")
     folder.check_data("a")
+
+
+def test_a_root_with_dots_in_it_is_a_root(tmp_path: Path) -> None:
+    sweep = tmp_path / "runs" / "study"
+    run = {"run": "var-d1", "family": "var", "tokenizer": "../tokenizers/a", "tokens": "../tokens/a"}
+    write_json(sweep / "sweep.json", {"runs": [run]})
+    (tmp_path / "other").mkdir()
+    assert [r.run for r in read_sweep(tmp_path / "other" / ".." / "runs" / "study").runs] == ["var-d1"]
