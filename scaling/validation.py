@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from scaling.config import DataConfig, LaunchConfig, Precision, from_dict
+from scaling.config import ConfigError, DataConfig, LaunchConfig, Precision, from_dict
 from scaling.data.encode import batch_size, encoder
 from scaling.data.live import encode_validation
 from scaling.data.sources import open_source, resolve
@@ -155,4 +155,9 @@ def validation_data(opened: Opened, choice: DataChoice) -> DataConfig:
 def _launch(where: Path) -> LaunchConfig:
     """How a run was launched, which its evaluation's rounding depends on."""
     file = where / "launch.json"
-    return from_dict(LaunchConfig, read_json(file)) if file.exists() else LaunchConfig()
+    try:
+        return from_dict(LaunchConfig, read_json(file)) if file.exists() else LaunchConfig()
+    except ConfigError as error:
+        raise ConfigError(
+            f"{file}: {error}; another version has written it: remove it, nothing in it decides a result"
+        ) from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -26,11 +27,11 @@ from scaling.data.sources import open_source
 from scaling.families.registry import build, family_model
 from scaling.imported import IMAGENET_IMAGES, KNOWN, Training, import_into, training_of
 from scaling.pretrained import Opened, open_model
-from scaling.records import RunFolder, list_runs
+from scaling.records import RunFolder, list_runs, write_json
 from scaling.requests import ConvertRequest, DataChoice, EvaluateRequest
 from scaling.tokenizer.vqvae import Tokenizer, load_tokenizer, save_tokenizer
 from scaling.trainer import train
-from scaling.validation import Validation, validate
+from scaling.validation import Validation, _launch, validate
 from tests.scaling import tiny
 from tests.scaling.data_fixtures import NoiseSource, image_folder
 
@@ -130,6 +131,14 @@ def test_own_images_that_were_moved_and_other_images(run: RunFolder, tmp_path: P
     other = image_folder(tmp_path / "other", {"a": 1, "b": 1}, {"a": 2, "b": 2, "c": 3})
     request = EvaluateRequest(device="cpu", data=DataChoice(source="folder", path=str(other)))
     assert validate(str(run.path), request).record["eval_images"] == 7
+
+
+def test_a_launch_file_of_another_version_is_told_by_name(run: RunFolder, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run.path, copy)
+    write_json(copy / "launch.json", {"an_old_key": 1})
+    with pytest.raises(ConfigError, match=r"launch\.json: .*an_old_key.*another version has written it"):
+        _launch(copy)
 
 
 def test_images_that_do_not_fit(run: RunFolder, tmp_path: Path) -> None:
