@@ -110,7 +110,7 @@ class JobProcess:
         self._stop = threading.Event()
         self._asked: float | None = None
         self._moved = time.time()
-        self._quiet = 0.0
+        self._still, self._shown = time.monotonic(), False
         self._ended = threading.Event()
         self._thread_error: BaseException | None = None
         self._stack = contextlib.ExitStack()
@@ -134,7 +134,7 @@ class JobProcess:
         self._changed = True
 
     def _move(self) -> None:
-        self._moved, self._quiet = time.time(), 0.0
+        self._moved, self._still, self._shown = time.time(), time.monotonic(), False
 
     # -- entry and exit ------------------------------------------------------------------------
 
@@ -213,10 +213,11 @@ class JobProcess:
             if launcher and not alive(launcher):
                 self._stop.set()
             silent += BEAT_SECONDS
-            self._quiet += BEAT_SECONDS
-            if limit <= self._quiet < limit + BEAT_SECONDS:
+            quiet = time.monotonic() - self._still
+            if quiet >= limit and not self._shown:
+                self._shown = True
                 with contextlib.suppress(OSError, ValueError):  # a full disk, or no real stderr
-                    print(f"no progress for {self._quiet:.0f} s; the threads stand here:", file=sys.stderr)
+                    print(f"no progress for {quiet:.0f} s; the threads stand here:", file=sys.stderr)
                     faulthandler.dump_traceback(all_threads=True)
             try:
                 with self._guard:
