@@ -179,7 +179,7 @@ def test_a_real_job_that_hangs_beats_on_and_shows_where_it_stood(tmp_path: Path)
         if status.get("step") == 1 and status["state"] == "running":
             seen.add((status["progress_at"], status["heartbeat"]))
 
-    result = launched(job, patience=Patience(hang_seconds=3.0), on_tick=watch)
+    result = launched(job, patience=Patience(hang_seconds=6.0), on_tick=watch)
     assert re.fullmatch(r"made no progress for \d+ s and was ended", result.failed[0].reason)
     assert len({moved for moved, _ in seen}) == 1
     assert len(seen) > 1, "the heart beat on"
@@ -247,7 +247,7 @@ def test_an_alone_job_that_comes_late_waits_for_no_run_that_has_not_begun(tmp_pa
                 order.append(mark)
 
     stage = dataclasses.replace(fake_job(tmp_path, "tokenizer", 2, "--flaky"), alone=True)
-    runs = [fake_job(tmp_path, f"run{i}", 6, weight=10 - i) for i in range(4)]
+    runs = [fake_job(tmp_path, f"run{i}", 20, weight=10 - i) for i in range(4)]
     second = fake_job(tmp_path, "second", 2, needs=("tokenizer",), weight=1)
     slow = Patience(retries=1, retry_seconds=0.4)
     assert launched(stage, *runs, second, patience=slow, places=2, on_tick=watch).exit_code == 0
