@@ -5,8 +5,8 @@
 - ``RunConfig`` holds everything that changes the result; its content hash is the run's id.
   ``LaunchConfig`` holds what must not change it: micro-batch, processes, threads, trackers.
 - Everything is imported from here: ``scaling.schema`` (reading, hashing), ``scaling.launch`` (the machine's
-  part), ``scaling.data.config`` (the images) and ``scaling.tokenizer.config`` (a tokenizer's shape and training)
-  stand behind it.
+  part), ``scaling.data.config`` (the images) and ``scaling.tokenizer.config`` (a tokenizer's shape and
+  training) stand behind it.
 - No torch here: plans are printed and reports are read on machines without it.
 """
 

@@ -321,7 +321,11 @@ def started_sweep(sweep: Path) -> tuple[ListedRun, ...]:
         RecordsError: not started yet, or damaged.
     """
     if not (sweep / "sweep.json").exists():
-        raise RecordsError(f"{sweep}: no such sweep yet; 'run' with the same recipe and --root starts it")
+        there = sorted(file.parent.name for file in sweep.parent.glob("*/sweep.json"))
+        others = f"; sweeps in {sweep.parent}: {', '.join(there)}" if there else ""
+        raise RecordsError(
+            f"{sweep}: no such sweep yet; 'run' with the same recipe and --root starts it{others}"
+        )
     return read_sweep(sweep).runs
 
 
