@@ -18,6 +18,7 @@ TORCH_FREE = (
 )
 OPEN_TO_SWEEPS = {"scaling", "scaling.config", "scaling.flops", "scaling.records"}
 OPEN_TO_ANALYSIS = {"scaling", "scaling.records"}
+BEHIND_CONFIG = ("scaling.data.config", "scaling.tokenizer.config")
 
 
 def module_name(file: Path) -> str:
@@ -86,10 +87,10 @@ def test_scaling_knows_neither_sweeps_nor_analysis(module: str) -> None:
 
 
 def test_configurations_are_imported_from_one_place() -> None:
-    """``scaling.tokenizer.config`` stands behind ``scaling.config``; its dataclasses have one address."""
+    """Those of images and tokenizers stand behind ``scaling.config``; their dataclasses have one address."""
     for module, file in MODULES.items():
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and node.module == "scaling.tokenizer.config":
+            if isinstance(node, ast.ImportFrom) and node.module in BEHIND_CONFIG:
                 names = {alias.name for alias in node.names if alias.name.endswith("Config")}
                 assert not names or module == "scaling.config", module
 

@@ -53,9 +53,10 @@ def test_without_a_measurement_no_time_is_told_and_the_note_says_for_what(tmp_pa
     plan = planned(tmp_path)
     assert plan.seconds is plan.seconds_sum is None
     assert [r.seconds for r in plan.runs] == [None] * 5
-    assert "unknown for tokenizer and tokens" in time_note(plan)
-    missing = "no run has finished on this machine with 1 process of 1 thread in fp32"
-    assert f"unknown for depths 1, 2, 3, 4, 5: {missing}" in time_note(plan)
+    assert "- tokenizer, tokens: nothing of this shape was measured on this machine" in time_note(plan)
+    missing = "no run was measured with 1 process of 1 thread in fp32"
+    assert f"- depths 1, 2, 3, 4, 5: {missing}" in time_note(plan)
+    assert max(map(len, time_note(plan).splitlines())) <= 80, "read at a glance, in any terminal"
 
 
 def test_speeds_belong_to_the_machine_whatever_the_root(tmp_path: Path) -> None:
@@ -123,9 +124,10 @@ def test_a_depth_that_finished_gives_its_own_time_and_the_others_are_told_by_the
         False,
     ]
     note = time_note(plan)
-    assert "depths 2, 4 at the speed last measured at that depth on this machine" in note
-    assert "~ depths 1, 3, 5 by FLOPs, from the speed of 2 measured depths (depths 2, 4)" in note
-    assert "unknown" not in note
+    assert [line.strip() for line in note.splitlines()[1:]] == [
+        "depths 2, 4: as last measured on this machine",
+        "~ depths 1, 3, 5: by FLOPs, at the speed of depths 2, 4",
+    ]
     stage = plan.recipe.tokenizer_train
     assert plan.jobs[0].seconds == pytest.approx(stage.steps * stage.batch / 100)
     assert plan.jobs[1].seconds == pytest.approx((plan.data.train_images + plan.data.val_images) / 1000)
@@ -211,7 +213,7 @@ def test_a_speed_under_other_settings_is_marked(
     found = plan.estimates[5]
     assert found is not None
     assert (found.depths, found.measured, found.same_settings) == ((4,), False, False)
-    assert "depths 1, 2, 3, 4, 5 from runs with another batch" in time_note(plan)
+    assert "~ depths 1, 2, 3, 4, 5: from runs with another batch" in time_note(plan)
     own = calibration.run_settings(plan.configs[0], plan.allotment, plan.recipe.launch)
     calibration.add(dataclasses.replace(speed_of(plan, 4, 1e11, 7.0), settings=own))
     again = planned(tmp_path, plan.recipe).estimates[5]
@@ -228,7 +230,7 @@ def test_a_tokenizer_with_other_losses_or_batch_is_told_with_a_mark(tmp_path: Pa
         plan = planned(tmp_path, load_recipe("quickstart", changed))
         assert plan.estimates[0] is not None
         assert not plan.estimates[0].measured
-        assert "~ tokenizer from one with another batch or other losses" in time_note(plan)
+        assert "~ tokenizer: from one with another batch or other losses" in time_note(plan)
 
 
 def test_a_short_run_replaces_no_better_speed(tmp_path: Path) -> None:

@@ -187,7 +187,7 @@ def test_options_read_lists_none_flags_and_either_dash() -> None:
 
 
 def test_the_help_lists_every_option_with_its_value() -> None:
-    text = help_text(options_of(Recipe), load_recipe("quickstart"))
+    text = help_text(options_of(Recipe), load_recipe("quickstart"), 100)
     assert all(f"  {option.flag} " in text for option in options_of(Recipe))
     assert "--train.lr NUMBER|none   [0.002]" in text
     assert "Images per optimiser step" in text
