@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from analysis.frontier import pareto_frontier
+from analysis.grids import comparable
 from analysis.records import QUANTITIES, read_records
 from analysis.study import usable
 from scaling.records import RecordsError
@@ -13,7 +14,8 @@ from scaling.records import RecordsError
 def sweep_frontiers(sweep: str | Path) -> dict[str, list[tuple[float, float]]]:
     """(FLOPs, value) by growing FLOPs of each quantity, ``loss_avg``; of several families ``var/loss_avg``.
 
-    Of every evaluation of every run that did not fail, as in the report; empty before there is any.
+    Of every evaluation of every run that did not fail, of wsd only the ends, as in the report; empty before
+    there is any.
     """
     try:
         records = read_records(sweep)
@@ -24,7 +26,7 @@ def sweep_frontiers(sweep: str | Path) -> dict[str, list[tuple[float, float]]]:
         frame = records.of(family).frame
         before = f"{family}/" if len(records.families) > 1 else ""
         for quantity in QUANTITIES:
-            good = frame[usable(frame, quantity) & (frame["state"] != "failed")]
+            good = frame[usable(frame, quantity) & (frame["state"] != "failed") & comparable(frame)]
             if len(good):
                 frontier = pareto_frontier(good["flops"].to_numpy(), good[quantity].to_numpy())
                 found[before + quantity] = list(zip(frontier.x.tolist(), frontier.y.tolist(), strict=True))

@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from analysis.records import QUANTITIES
 from analysis.report import make_report
 from analysis.study import ANNEALED_CAUTION, FRONTIER_CAUTION, Study, make_study
+from analysis.sweep_frontiers import sweep_frontiers
 from scaling.records import RunFolder, write_json
 from tests.analysis.fabricate import BATCH, IMAGES, SEQ, run_config
 
@@ -124,6 +126,16 @@ def test_frontiers_take_only_annealed_ends(tmp_path: Path) -> None:
     assert not set(other.frontiers["loss_last", "pareto"].x) <= set(other.finished["flops"])
     assert ANNEALED_CAUTION not in other.notes
     assert FRONTIER_CAUTION in other.notes
+
+
+@pytest.mark.parametrize("schedule", ["wsd", "cos"])
+def test_dashboards_draw_the_frontier_of_the_report(tmp_path: Path, schedule: str) -> None:
+    sweep = write_sweep(tmp_path, schedule=schedule)
+    study, drawn = make_study(sweep), sweep_frontiers(sweep)
+    assert set(drawn) == set(QUANTITIES)
+    for quantity, line in drawn.items():
+        frontier = study.frontiers[quantity, "pareto"]
+        assert line == list(zip(frontier.x.tolist(), frontier.y.tolist(), strict=True))
 
 
 def test_before_the_first_end_there_is_a_report_without_a_frontier(tmp_path: Path) -> None:
