@@ -2,6 +2,8 @@
 
 - Laws compare sizes at their best setting: of each depth and length, the one with the lowest last-scale loss,
   the mean over seeds. A minimum of noisy values is a little low, and lower the more settings there are.
+- A recipe's learning rate may be null, which leaves it to ``lr_base`` and the batch: what is compared is the
+  peak rate that applied. A run whose config gives none takes no part in the best rate of its depth.
 - The best learning rate of a depth: the vertex of the parabola in log lr through the best point and its two
   neighbours, where it has both; at the edge of what was tried nothing is said. p of lr ∝ width^−p: least
   squares over depths. It is the ``power`` of a recipe's ``lr_rule``.
@@ -79,8 +81,12 @@ def setting_of(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any
 
 
 def in_words(setting: Mapping[str, Any]) -> str:
-    """``train.lr 0.002, train.batch 64``."""
-    return ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in setting.items())
+    """``train.lr 0.002, train.batch 64``; null as in the recipe."""
+    return ", ".join(f"{name} {_shown(value)}" for name, value in setting.items())
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def of_best_settings(
@@ -113,7 +119,9 @@ def of_best_settings(
                 float(means.iloc[0]), len(means), float(means.iloc[1]) if len(means) > 1 else float("nan"),
             )
         )  # fmt: skip
-    rates = _rates(keyed, settings) if RATE in names else ()
+    rates = (
+        _rates(keyed.assign(rate=[peak_rate(configs[run]) for run in own["run"]])) if RATE in names else ()
+    )
     known = [r for r in rates if r.lr is not None]
     power = None
     if len(known) > 1:
@@ -122,13 +130,21 @@ def of_best_settings(
     return final[imported(final) | final.index.isin(kept)], Settings(tuple(names), tuple(best), rates, power)
 
 
-def _rates(keyed: pd.DataFrame, settings: Mapping[str, Mapping[str, Any]]) -> tuple[BestRate, ...]:
+def peak_rate(config: Mapping[str, Any]) -> float:
+    """Learning rate after warm-up (``scaling.config.TrainConfig.peak_lr``); NaN where a config lacks it."""
+    train = config.get("train", {})
+    if train.get("lr") is not None:
+        return float(train["lr"])
+    base, batch = train.get("lr_base"), train.get("batch")
+    return float("nan") if base is None or batch is None else base * batch / 256
+
+
+def _rates(keyed: pd.DataFrame) -> tuple[BestRate, ...]:
     """By depth, at its longest length; the best of the other settings for each learning rate."""
     found = []
     for _, part in keyed.groupby("depth"):
         part = part[part["length"] == part["length"].max()]
-        rate = [float(settings[run][RATE]) for run in part["run"]]
-        means = part.assign(rate=rate).groupby(["rate", "setting"])[QUANTITY].mean()
+        means = part.groupby(["rate", "setting"])[QUANTITY].mean()
         lowest = means.groupby(level=0).min().dropna()
         tried = tuple(float(v) for v in lowest.index)
         depth, width = (int(part[name].iloc[0]) for name in ("depth", "width"))

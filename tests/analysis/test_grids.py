@@ -27,7 +27,7 @@ def loss(params: float, tokens: float) -> float:
 def write_run(
     sweep: Path, depth: int, steps: int, seed: int, schedule: str, setting: Mapping[str, Any], factor: float
 ) -> str:
-    params, rate = 73728 * depth**3, round(setting.get("lr", 0) * 1e6)
+    params, rate = 73728 * depth**3, round((setting.get("lr") or 0) * 1e6)
     name = f"var-d{depth}-s{seed}-{steps:04d}{rate:06d}"
     run = RunFolder(sweep / name)
     config = run_config(depth, seed)
@@ -232,3 +232,28 @@ def test_a_best_rate_at_the_edge_is_no_optimum(tmp_path: Path) -> None:
     assert [r.lr for r in study.settings.rates] == [None, None]
     assert study.settings.power is None
     assert "at the edge of what was tried" in make_report(study.folder).read_text()
+
+
+def test_a_rate_left_to_the_batch_is_the_one_that_applied(tmp_path: Path) -> None:
+    """null is lr_base * batch / 256; the page comes out as if the rate had been written down."""
+    rates = [s["lr"] for s in RATES]
+    written = {"grid": {"train.lr": rates}}
+    left = {"grid": {"train.lr": [5e-4, None, 2e-3, 4e-3]}}
+    settings = [s if s["lr"] != 1e-3 else {"lr": None, "lr_base": 1e-3 * 256 / BATCH} for s in RATES]
+
+    def penalty(depth: int, setting: Mapping[str, Any]) -> float:
+        return valley(depth, setting if setting["lr"] else {"lr": 1e-3})
+
+    one = make_study(
+        write_sweep(tmp_path / "a", (1, 4), [100], settings=RATES, penalty=valley, recipe=written)
+    )
+    two = make_study(
+        write_sweep(tmp_path / "b", (1, 4), [100], settings=settings, penalty=penalty, recipe=left)
+    )
+    assert one.settings is not None
+    assert two.settings is not None
+    assert two.settings.rates == one.settings.rates
+    assert all(rate.lr is not None for rate in two.settings.rates)
+    assert two.settings.power == one.settings.power
+    assert [b.setting for b in two.settings.best] == ["train.lr 0.002", "train.lr null"]
+    assert make_report(two.folder).exists()
