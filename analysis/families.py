@@ -5,6 +5,7 @@
   families differ in what else an image consists of.
 - FlexVAR's tokenizer quantises every scale by itself, so that raster's only map is FlexVAR's last one. The
   tokens are the same; what they are predicted from is not (``CONDITIONS``).
+- A family whose own runs have several kinds of tokens is one for each kind (``analysis.tokens``).
 - Whatever the tokens, an exponent belongs to a family and may be listed; a difference of exponents and a
   ratio of losses are taken among families with the same tokens alone (``analysis.comparison``).
 - Losses at equal X are read from the fitted laws at the largest X that the data of both families reach, so
@@ -14,7 +15,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +22,7 @@ from typing import Any
 from analysis.family_pairs import QUANTITY, Pair, Standing, compare_two
 from analysis.files import plain
 from analysis.study import Points, Study
+from analysis.tokens import Tokens, tokens_of
 
 NEXT_TOKEN = ("raster",)
 """Families that predict a map token by token; all others predict a whole map from the coarser ones."""
@@ -111,35 +112,9 @@ def compare_families(studies: Mapping[str, Study]) -> Families:
     return Families(dict(studies), groups, tuple(pairs), tuple(standings), notes)
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """What decides the tokens of a run's last map."""
-
-    imported: bool
-    text: str
-    """Equal for equal tokens. Of runs trained here and of imported ones it says other things, which do not
-    compare."""
-
-
-def tokens_of(run: Mapping[str, Any]) -> Tokens | None:
-    """What decides the tokens of a run (facts as in ``Study.runs``); None where its records do not say.
-
-    Trained here: its config. Where images and LPIPS weights lie is no part of what they are, as in
-    ``scaling.schema.identity``. Imported: nothing says how its tokenizer was trained, so the hash of the
-    tokenizer's weights and the fingerprint of the images stand in ``status.json``.
-    """
-    config = run["config"]
-    scales = config.get("model", {}).get("scales")
-    if not scales:
-        return None
-    if origin := run["status"].get("imported"):
-        told = [origin.get("tokenizer_hash"), origin.get("images")]
-        return Tokens(True, json.dumps([*told, scales[-1]])) if all(told) else None
-    parts = [config.get(part) for part in ("data", "tokenizer", "tokenizer_train")]
-    if not all(isinstance(part, dict) for part in parts):
-        return None
-    kept = [{k: v for k, v in part.items() if k not in ("path", "lpips_weights")} for part in parts if part]
-    return Tokens(False, json.dumps([*kept, scales[-1]], sort_keys=True))
+def _family(study: Study) -> str:
+    """Of the models, whatever their tokens."""
+    return str(study.runs[0]["config"]["model"]["family"])
 
 
 def _kinds(study: Study) -> set[Tokens | None]:
@@ -161,8 +136,8 @@ def _notes(studies: Mapping[str, Study], groups: tuple[Group, ...]) -> Iterator[
         if len(group.studies) == 1:
             yield from _alone(group.families[0], studies)
             continue
-        by_token = [family for family in group.families if family in NEXT_TOKEN]
-        by_scale = [family for family in group.families if family not in NEXT_TOKEN]
+        by_token = [study.family for study in group.studies if _family(study) in NEXT_TOKEN]
+        by_scale = [study.family for study in group.studies if _family(study) not in NEXT_TOKEN]
         if by_token and by_scale:
             yield CONDITIONS.format(scales=listed(by_scale), tokens=listed(by_token))
         yield f"N counts the matrices of the blocks, which are not alike: {_sizes(group)}"

@@ -2,7 +2,8 @@
 
 Nothing is dropped in silence: unfinished and failed runs, runs without an evaluation and NaN
 losses, which the records hold as null, are kept (or, where there is nothing to keep, counted) and
-named in ``frame.attrs["notes"]``.
+named in ``frame.attrs["notes"]``. Runs of a family whose tokens are not the same are families of their own
+(``analysis.tokens``): nothing may be fitted or chosen across them.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from analysis.tokens import names_by_tokens
 from scaling.records import ListedRun, RecordsError, RunFolder, list_runs, read_sweep
 
 if TYPE_CHECKING:
@@ -72,7 +74,8 @@ def load_runs(sweep_folder: str | Path) -> pd.DataFrame:
     ``final`` marks the last evaluation of a run whose state is ``done``. A loss, error rate or standard error
     that was recorded as null (a diverged run; one image has no standard error) is NaN. ``attrs["notes"]``
     says in words what is unfinished, missing or not finite. A sweep of several families is one table;
-    ``family`` tells them apart, and their lists per scale differ in length.
+    ``family`` tells them apart, and their lists per scale differ in length. It also tells apart runs of one
+    family with other tokens, whose losses do not compare: ``var-vocab-256``.
 
     Raises:
         RecordsError: no such folder, no runs, no evaluation at all, a record or config without
@@ -96,16 +99,34 @@ def read_records(sweep_folder: str | Path) -> Records:
         facts, found = _load_run(folder)
         runs.append(facts)
         rows += found
+    names = names_by_tokens(runs)
+    runs = [run | {"family": names[run["run"]]} for run in runs]
+    rows = [row | {"family": names[row["run"]]} for row in rows]
     if not rows:
         states = ", ".join(f"{r['run']} is {r['state']}" for r in runs)
         raise RecordsError(f"{root}: no evaluation recorded yet ({states}); run the sweep first")
     value, listed = {}, tuple[ListedRun, ...]()
     if (root / "sweep.json").exists():
         record = read_sweep(root)
-        value, listed = record.value, record.runs
+        value, listed = record.value, _named(record.runs, names)
     frame = pd.DataFrame(rows, columns=list(COLUMNS))
     frame.attrs["notes"] = _notes(listed, runs)
     return Records(root, value, listed, frame, runs)
+
+
+def _named(listed: Sequence[ListedRun], names: Mapping[str, str]) -> tuple[ListedRun, ...]:
+    """With the names of ``names_by_tokens``; a run without its folder has that of runs on the same tokens."""
+    alike: dict[tuple[str, str], str] = {}
+    for run in listed:
+        if run.run in names:
+            alike.setdefault((run.family, run.tokens), names[run.run])
+            alike.setdefault((run.family, ""), names[run.run])
+
+    def name(run: ListedRun) -> str:
+        found = alike.get((run.family, run.tokens)) or alike.get((run.family, ""), run.family)
+        return names.get(run.run, found)
+
+    return tuple(replace(run, family=name(run)) for run in listed)
 
 
 def _notes(listed: Sequence[ListedRun], runs: Sequence[Mapping[str, Any]]) -> list[str]:

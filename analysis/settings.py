@@ -7,6 +7,8 @@
 - The best learning rate of a depth: the vertex of the parabola in log lr through the best point and its two
   neighbours, where it has both; at the edge of what was tried nothing is said. p of lr ∝ width^−p: least
   squares over depths. It is the ``power`` of a recipe's ``lr_rule``.
+- Values of the tokenizer are no setting to be chosen: losses of other tokens do not compare, and runs with
+  them are families of their own (``analysis.tokens``).
 - Imported checkpoints have no settings and are kept.
 """
 
@@ -20,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from analysis.grids import imported, lengths
+from analysis.tokens import SECTIONS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -65,8 +68,9 @@ class Settings:
 
 
 def varied(recipe: Mapping[str, Any]) -> tuple[str, ...]:
-    """Dotted names of what a recipe varies."""
-    return tuple(str(name) for part in ("grid", "zip") for name in recipe.get(part) or {})
+    """Dotted names of what a recipe varies among runs whose losses compare."""
+    names = [str(name) for part in ("grid", "zip") for name in recipe.get(part) or {}]
+    return tuple(name for name in names if name.partition(".")[0] not in SECTIONS)
 
 
 def setting_of(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:

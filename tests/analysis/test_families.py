@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 from analysis import DataError, compare, fit_power_law, load_runs, make_report, ready
-from analysis.families import Families, compare_families, headline, tokens_of
+from analysis.families import Families, compare_families, headline
 from analysis.family_plots import LOOKS, look
 from analysis.report import _all_figures
 from analysis.report_tables import pair_rows
 from analysis.study import make_studies, make_study
+from analysis.tokens import tokens_of
 from scaling.records import RecordsError, write_json
 from tests.analysis import fabricate
 from tests.analysis.test_report import Page
@@ -163,15 +164,25 @@ def test_a_config_that_does_not_say_its_tokens_compares_with_none(tmp_path: Path
     assert "whether the tokens of flexvar are those of raster is not known" in " ".join(found.notes)
 
 
-def test_runs_of_one_family_on_two_kinds_of_tokens_are_not_compared(tmp_path: Path) -> None:
-    folder = fabricate.sweep(tmp_path, depths=(1, 2, 3), families=("flexvar", "raster"))
-    file = folder / "raster-d2-s0-0123456789" / "config.json"
-    config = json.loads(file.read_text())
-    config["tokenizer"]["vocab"] = 7
-    write_json(file, config)
-    found = compare_families(make_studies(folder))
-    assert found.shared == ()
-    assert "the runs of raster have tokens of more than one kind: compared with nothing" in found.notes
+def test_a_run_on_other_tokens_is_a_family_of_its_own(tmp_path: Path) -> None:
+    folder = fabricate.sweep(tmp_path, depths=(1, 2, 3, 4), families=("flexvar", "raster"))
+    before = make_studies(folder)["raster"].law("loss_last").law
+    odd = folder / "raster-d4-s0-0123456789" / "config.json"
+    for file in folder.glob("*/config.json"):
+        config = json.loads(file.read_text())
+        config["tokenizer"]["vocab"] = 7 if file == odd else 9
+        write_json(file, config)
+    studies = make_studies(folder)
+    assert list(studies) == ["flexvar", "raster-vocab-9", "raster-vocab-7"]
+    law = studies["raster-vocab-9"].law("loss_last").law
+    assert law is not None
+    assert before is not None
+    assert law.x.tolist() == before.x.tolist()[:3]
+    found = compare_families(studies)
+    assert [group.families for group in found.shared] == [("flexvar", "raster-vocab-9")]
+    said = " ".join(found.notes)
+    assert "raster-vocab-7 was trained on other tokens than flexvar and raster-vocab-9" in said
+    assert "with raster-vocab-9 each token on nothing but the earlier ones of the same map" in said
 
 
 def test_the_next_token_baseline_is_told_apart_by_its_conditions(tmp_path: Path, compared: Families) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from analysis.records import QUANTITIES
+from analysis.errors import DataError
+from analysis.records import QUANTITIES, load_runs
 from analysis.report import make_report
-from analysis.study import ANNEALED_CAUTION, FRONTIER_CAUTION, Study, make_study
+from analysis.study import ANNEALED_CAUTION, FRONTIER_CAUTION, Study, make_studies, make_study
 from analysis.sweep_frontiers import sweep_frontiers
-from scaling.records import RunFolder, write_json
+from analysis.tidy import ready
+from scaling.records import RecordsError, RunFolder, write_json
 from tests.analysis.fabricate import BATCH, IMAGES, SEQ, run_config
 
 E, A, B, ALPHA, BETA = 3.0, 40.0, 900.0, 0.35, 0.45
@@ -28,10 +31,12 @@ def write_run(
     sweep: Path, depth: int, steps: int, seed: int, schedule: str, setting: Mapping[str, Any], factor: float
 ) -> str:
     params, rate = 73728 * depth**3, round((setting.get("lr") or 0) * 1e6)
-    name = f"var-d{depth}-s{seed}-{steps:04d}{rate:06d}"
+    name = f"var-d{depth}-s{seed}-{steps:04d}{rate:06d}{setting.get('vocab', '')}"
     run = RunFolder(sweep / name)
     config = run_config(depth, seed)
-    config["train"] = {"steps": steps, "batch": BATCH, "schedule": schedule} | dict(setting)
+    config["train"] = {"steps": steps, "batch": BATCH, "schedule": schedule}
+    for key, value in setting.items():
+        config["tokenizer" if key == "vocab" else "train"][key] = value
     run.create(config)
     for done in (steps // 4, steps // 2, steps):
         tokens = done * BATCH * SEQ
@@ -257,3 +262,64 @@ def test_a_rate_left_to_the_batch_is_the_one_that_applied(tmp_path: Path) -> Non
     assert two.settings.power == one.settings.power
     assert [b.setting for b in two.settings.best] == ["train.lr 0.002", "train.lr null"]
     assert make_report(two.folder).exists()
+
+
+def two_vocabularies(root: Path) -> Path:
+    """Rates as above for a small vocabulary and a large one, whose losses are all higher."""
+    settings = [s | {"vocab": v} for v in (32, 4096) for s in RATES]
+    recipe = {"grid": {"tokenizer.vocab": [32, 4096], "train.lr": [s["lr"] for s in RATES]}}
+
+    def penalty(depth: int, setting: Mapping[str, Any]) -> float:
+        return valley(depth, setting) * (1.0 if setting["vocab"] == 32 else 2.0)
+
+    return write_sweep(root, (1, 2, 4), [100], settings=settings, penalty=penalty, recipe=recipe)
+
+
+def test_losses_of_other_tokens_are_never_chosen_between(tmp_path: Path) -> None:
+    """The report says of each vocabulary what it would say of a sweep with that one alone."""
+    sweep = two_vocabularies(tmp_path / "both")
+    recipe = {"grid": {"train.lr": [s["lr"] for s in RATES]}}
+    alone = make_study(write_sweep(tmp_path / "one", (1, 2, 4), [100], "wsd", RATES, valley, recipe))
+    studies = make_studies(sweep)
+    assert list(studies) == ["var-vocab-32", "var-vocab-4096"]
+    for (name, study), factor in zip(studies.items(), (1.0, 2.0), strict=True):
+        assert study.settings is not None
+        assert alone.settings is not None
+        assert [(b.setting, b.tried) for b in study.settings.best] == [
+            (b.setting, b.tried) for b in alone.settings.best
+        ]
+        assert [r.lr for r in study.settings.rates] == pytest.approx([r.lr for r in alone.settings.rates])
+        law, expected = study.law("loss_last").law, alone.law("loss_last").law
+        assert law is not None
+        assert expected is not None
+        assert law.y == pytest.approx(expected.y * factor), name
+    page = make_report(sweep).read_text()
+    assert "no two of them are known to have the same tokens, so their losses do not compare" in page
+    assert "var-vocab-32 was trained on other tokens than var-vocab-4096" in page
+    lines = sweep_frontiers(sweep)
+    assert len(lines) == 2 * len(QUANTITIES)
+    assert "var-vocab-4096/loss_last" in lines
+
+
+def test_a_table_of_two_kinds_of_tokens_is_not_fitted_as_one(tmp_path: Path) -> None:
+    sweep = two_vocabularies(tmp_path)
+    frame = load_runs(sweep)
+    one_rate = frame[frame["final"] & frame["run"].str.contains("0100001000")]
+    with pytest.raises(DataError, match=r"mixes 2 model families: var-vocab-32 .*var-vocab-4096 .*tokens"):
+        ready(one_rate, ["params", "loss_last"])
+    with pytest.raises(RecordsError, match=r"several families \(var-vocab-32, var-vocab-4096\)"):
+        make_study(sweep)
+
+
+def test_runs_that_are_gone_are_missed_where_their_tokens_are(tmp_path: Path) -> None:
+    sweep = two_vocabularies(tmp_path)
+    value = json.loads((sweep / "sweep.json").read_text())
+    for run in value["runs"]:
+        large = run["run"].endswith("4096")
+        run["tokens"] = "../tokens/large" if large else "../tokens/small"
+    write_json(sweep / "sweep.json", value)
+    gone = next(sweep.glob("var-d2-*4096"))
+    shutil.rmtree(gone)
+    studies = make_studies(sweep)
+    assert noted(studies["var-vocab-4096"], f"{gone.name} is listed in sweep.json")
+    assert not noted(studies["var-vocab-32"], gone.name)
