@@ -230,7 +230,7 @@ def fidelity(where: str, request: FidelityRequest) -> int:
 
 
 def edit(words: tuple[str, str], request: EditRequest) -> int:
-    """edit IMAGE, a file or val:N of the run's data: in-painting, out-painting, a class, refinement, expansion"""
+    """edit IMAGE, a file or val:N of the run's data: paint a part anew or beyond it, refine, expand"""
     where, image = words
     _ = request.chosen  # the cheap refusal first
     from sweeps.where import model_at
