@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 
-import numpy as np
 import torch
 from accelerate import PartialState
 
@@ -12,23 +12,23 @@ from scaling.clock import host_memory
 from scaling.config import LaunchConfig, TokenizerRunConfig
 from scaling.data.cache import Progress, build_cache
 from scaling.data.encode import batch_size, encoder
-from scaling.data.images import ImageSource, SourceView, Split
 from scaling.probes.noise import images_or_noise
 from scaling.probes.stopwatch import Stopwatch
-from scaling.process import JobProcess
+from scaling.process import Interrupted, JobProcess
 from scaling.records import RunFolder, write_json
 from scaling.tokenizer.vqvae import Tokenizer, load_tokenizer, save_tokenizer
 
+LEAST_BATCHES = 2
+
 
 def probe_tokens(folder: RunFolder, config: TokenizerRunConfig, launch: LaunchConfig, seconds: float) -> None:
-    """Encode some images into a cache of their own, about so many seconds' worth; the speed goes to
-    ``speed.json``.
+    """Begin the recipe's own cache and leave it after so many seconds; the speed goes to ``speed.json``.
 
-    The speed is that between the first image and the last, as a finished job tells it; what comes before and
-    after (opening images and tokenizer, the manifest) is a job's time beside.
+    The speed is that of the batches after the first, which reads and allocates what the others find there:
+    what it takes longer is a job's time beside, as is its start. No batch is encoded to warm up: after a larger
+    one than the job's own, memory comes cheaper than in the job.
     """
     state = PartialState(cpu=launch.device == "cpu")
-    rank, world = state.process_index, state.num_processes
     with JobProcess(folder, state.is_main_process, state.wait_for_everyone) as job:
         watch = Stopwatch(state, job)
         with watch.timed("making a tokenizer"):
@@ -40,44 +40,36 @@ def probe_tokens(folder: RunFolder, config: TokenizerRunConfig, launch: LaunchCo
         source = images_or_noise(config.data)
         if state.is_main_process:
             folder.claim_data(source.fingerprint())
-        encode = encoder(tokenizer, state.device)
-        batch = batch_size(config.data.resolution, state.device.type)
-        one = np.zeros((batch, config.data.resolution, config.data.resolution, 3), np.uint8)
-        for part in ("first batch", "batch"):
-            with watch.timed(part):
-                encode(one)
-        wanted = batch * world * max(1, int(seconds / watch["batch"]))
-        some = _First(source, min(wanted, source.count("train")))
         marks: list[tuple[float, int]] = []
 
         def mark(progress: Progress) -> None:
             marks.append((time.monotonic(), progress.encoded))
 
-        build_cache(
-            folder.path / "tokens", config.data, config.tokenizer.scales, config.tokenizer.vocab, some,
-            encode, tokenizer.content_hash, batch=batch, threads=launch.threads or 1, rank=rank,
-            world=world, progress=mark, should_stop=job.should_stop,
-        )  # fmt: skip
+        def enough() -> bool:
+            return len(marks) > LEAST_BATCHES and marks[-1][0] - marks[0][0] >= seconds
+
+        with contextlib.suppress(Interrupted):  # by ``enough``, or by who asks the next question
+            build_cache(
+                folder.path / "tokens", config.data, config.tokenizer.scales, config.tokenizer.vocab,
+                source, encoder(tokenizer, state.device), tokenizer.content_hash,
+                batch=batch_size(config.data.resolution, state.device.type), threads=launch.threads or 1,
+                rank=state.process_index, world=state.num_processes,
+                progress=mark, should_stop=lambda: enough() or job.should_stop(),
+            )  # fmt: skip
+        if watch.agreed(float(job.should_stop())):
+            raise Interrupted
         if state.is_main_process:
-            encoding = marks[-1][0] - marks[0][0]
-            sequences = (some.count("train") * config.data.views + 1) / (some.count("train") + 1)
+            train = source.count("train") / state.num_processes
+
+            def sequences(images: int) -> float:
+                return min(images, train) * config.data.views + max(0.0, images - train)
+
+            (start, first), (end, last) = marks[min(1, len(marks) - 2)], marks[-1]
+            per_second = (sequences(last) - sequences(first)) / (end - start)
             found = {
-                "sequences_per_second": marks[-1][1] * world * sequences / encoding,
-                # The first batch takes longer than others, in a real job too.
-                "inside_seconds": encoding + watch.seconds["making a tokenizer"] + 2 * watch.seconds["batch"],
+                "sequences_per_second": per_second * state.num_processes,
+                "inside_seconds": watch.seconds["making a tokenizer"] + sequences(last) / per_second,
                 "host_memory": host_memory(),
             }
             write_json(folder.path / "speed.json", found)
         state.wait_for_everyone()
-
-
-class _First(SourceView):
-    """The first images of a source, and one for validation."""
-
-    def __init__(self, source: ImageSource, images: int) -> None:
-        super().__init__(source)
-        self._images = images
-
-    def count(self, split: Split) -> int:
-        """Few."""
-        return self._images if split == "train" else 1

@@ -1,7 +1,9 @@
 """Probes: real work of a few hundredths of a second, timed; and how long a clock's owner had no core."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -47,34 +49,37 @@ def test_a_tokenizer_is_timed_without_images_at_hand(tmp_path: Path) -> None:
     assert found["steps"] >= 2 * tokenizer.LEAST_STEPS, "with and without the codebook"
 
 
+@pytest.mark.parametrize("seconds", [0.0, 1e6])
 @pytest.mark.parametrize("views", [1, 3])
 def test_tokens_are_timed_by_sequences_and_their_start_is_told_apart(
-    tmp_path: Path, views: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, views: int, seconds: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, config = stage(tmp_path)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, views=views))
-    clock = [0.0]
-    # A batch takes as many seconds as it has crops, whatever this machine does.
+    clock, sizes = [0.0], list[int]()
+    # A batch takes as many seconds as it has crops, the first 50 more, whatever this machine does.
     monkeypatch.setattr(tokens, "time", Clock(clock))
     monkeypatch.setattr(stopwatch, "time", Clock(clock))
+    monkeypatch.setattr(tokens, "batch_size", lambda resolution, device: 4 * views)
     real = tokens.encoder
 
-    def slow(*arguments: object) -> object:
-        encode = real(*arguments)  # type: ignore[arg-type]
+    def slow(*arguments: Any) -> Callable[[Any], Any]:
+        encode = real(*arguments)
 
-        def encoded(images: object) -> object:
-            clock[0] += len(images)  # type: ignore[arg-type]
-            return encode(images)  # type: ignore[arg-type]
+        def encoded(images: Any) -> Any:
+            clock[0] += len(images) + (0 if sizes else 50)
+            sizes.append(len(images))
+            return encode(images)
 
         return encoded
 
     monkeypatch.setattr(tokens, "encoder", slow)
-    tokens.probe_tokens(folder, config, LAUNCH, seconds=0.05)
+    tokens.probe_tokens(folder, config, LAUNCH, seconds=seconds)
     found = read_json(folder.path / "speed.json")
     assert found["sequences_per_second"] == pytest.approx(1)
-    batch = tokens.batch_size(config.data.resolution, "cpu")
-    encoded = min(batch, config.data.train_images or 0) * views + 1
-    assert found["inside_seconds"] == pytest.approx(encoded + 2 * batch)
+    assert found["inside_seconds"] == pytest.approx(sum(sizes)), "the 50 seconds are beside"
+    everything = (config.data.train_images or 0) * views + (config.data.val_images or 0)
+    assert sum(sizes) == (everything if seconds else tokens.LEAST_BATCHES * 4 * views)
 
 
 class Clock:
