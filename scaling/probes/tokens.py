@@ -25,8 +25,8 @@ def probe_tokens(folder: RunFolder, config: TokenizerRunConfig, launch: LaunchCo
     """Begin the recipe's own cache and leave it after so many seconds; the speed goes to ``speed.json``.
 
     The speed is that of the batches after the first, which reads and allocates what the others find there:
-    what it takes longer is a job's time beside, as is its start. No batch is encoded to warm up: after one that
-    is larger than the job's own, memory comes cheaper than in the job.
+    what it takes longer is a job's time beside, as is its start. No batch is encoded to warm up: after one
+    that is larger than the job's own, memory comes cheaper than in the job.
     """
     state = PartialState(cpu=launch.device == "cpu")
     with JobProcess(folder, state.is_main_process, state.wait_for_everyone) as job:
