@@ -89,11 +89,13 @@ class Progress:
     """The display; ``update`` is the scheduler's ``on_tick``."""
 
     def __init__(self, console: Console, places: int, quiet: bool = False) -> None:
-        """``quiet``: say nothing of jobs that ended; whoever asks for it does."""
+        """``quiet``: leave nothing behind and say nothing of jobs that ended; whoever asks for it does."""
         self.console = console
         self.places = places
         self.quiet = quiet
-        self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
+        self._live: Live | None = None
+        if console.is_terminal:
+            self._live = Live(console=console, auto_refresh=False, transient=quiet)
         self._shown = 0.0
         self._phases: dict[str, str] = {}
         self._paces: dict[str, Pace] = {}
