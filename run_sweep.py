@@ -14,7 +14,6 @@ nothing here but ``sample``, ``stages``, ``edit`` and ``convert``.
 from __future__ import annotations
 
 import errno
-import json
 import os
 import sys
 import threading
@@ -230,7 +229,7 @@ def fidelity(where: str, request: FidelityRequest) -> int:
 
 
 def edit(words: tuple[str, str], request: EditRequest) -> int:
-    """edit IMAGE, a file or val:N of the run's data: in-painting, out-painting, a class, refinement, expansion"""
+    """edit IMAGE, a file or val:N of the run's data: paint a part anew or beyond it, refine, expand"""
     where, image = words
     _ = request.chosen  # the cheap refusal first
     from sweeps.where import model_at
@@ -246,26 +245,11 @@ def edit(words: tuple[str, str], request: EditRequest) -> int:
 
 def evaluate(where: str, request: EvaluateRequest) -> int:
     """loss and error of a run or of a published checkpoint on validation images"""
-    from sweeps.progress import counted
+    from sweeps.evaluation import evaluate as evaluate_model
     from sweeps.where import model_at
 
     where, tokenizer = model_at(where, request)
-    request = replace(request, tokenizer=tokenizer)
-
-    from scaling.imported import import_into, training_of
-    from scaling.validation import validate
-
-    training = None if request.into is None else training_of(where, request)
-    with counted("encoding") as progress:
-        result = validate(where, request, progress)
-    if request.json:
-        print(json.dumps(result.to_json(), indent=1))
-    else:
-        print(result.table())
-    if request.into is not None and training is not None:
-        run = import_into(request.into, result, training)
-        print(f"imported: {run.path}; its tokens and FLOPs: {training.told}", file=sys.stderr)
-    return 0
+    return evaluate_model(where, replace(request, tokenizer=tokenizer))
 
 
 def convert(where: str, request: ConvertRequest) -> int:

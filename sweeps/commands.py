@@ -21,7 +21,7 @@ from rich.console import Console
 
 from scaling.config import ConfigError, DataConfig, RunConfig, require
 from scaling.records import RecordsError, RunFolder
-from sweeps import calibration, slurm
+from sweeps import calibration, slurm, speed_store
 from sweeps.costs import Pricing, Rates, rates
 from sweeps.forecasts import Forecasts, MakeForecasts, point_of, surprises
 from sweeps.jobs import Job
@@ -103,7 +103,7 @@ def calibrate(made: Plan, check_data: CheckData, as_json: bool) -> int:
     if not found.speeds:
         say(out, "nothing could be timed; times stay as they were")
         return 1
-    calibration.replace_all(found.speeds)
+    speed_store.replace_all(found.speeds)
     return 0
 
 
@@ -324,7 +324,7 @@ def _calibrate(made: Plan, state: JobState, out: Console) -> None:
                 job.kind, job.folder, stage_of(job), machine, threads, launch_config, state.seconds
             )
         if speed is not None:
-            calibration.add(speed)
+            speed_store.add(speed)
     except (OSError, RecordsError) as error:  # records that cannot be read, a home that cannot be written
         say(out, f"note: this speed is not remembered: {error}")
 

@@ -35,6 +35,8 @@ RECENT_SECONDS = 60.0
 """Of the past that a speed is told from."""
 LEAST_MARKS = 3
 """Changes of the step that it is told from at least, however long ago: large models report rarely."""
+WIDE = 100
+"""Columns from which there is room for long bars."""
 AT_WORK = ("running", "elsewhere", "checking")
 
 
@@ -87,11 +89,13 @@ class Progress:
     """The display; ``update`` is the scheduler's ``on_tick``."""
 
     def __init__(self, console: Console, places: int, quiet: bool = False) -> None:
-        """``quiet``: say nothing of jobs that ended; whoever asks for it does."""
+        """``quiet``: leave nothing behind and say nothing of jobs that ended; whoever asks for it does."""
         self.console = console
         self.places = places
         self.quiet = quiet
-        self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
+        self._live: Live | None = None
+        if console.is_terminal:
+            self._live = Live(console=console, auto_refresh=False, transient=quiet)
         self._shown = 0.0
         self._phases: dict[str, str] = {}
         self._paces: dict[str, Pace] = {}
@@ -121,7 +125,7 @@ class Progress:
         rows = [self.row(s) for s in states]
         left = self.time_left(states, rows)
         if self._live:
-            self._live.update(_table(rows, left), refresh=True)
+            self._live.update(_table(rows, left, self.console.width), refresh=True)
         elif any(r.phase in AT_WORK for r in rows):
             self.console.print(line(rows, left), highlight=False, markup=False, soft_wrap=True)
 
@@ -233,20 +237,21 @@ def line(rows: Sequence[Row], left: float | None) -> str:
     return " · ".join(parts)
 
 
-def _table(rows: Sequence[Row], left: float | None) -> Table:
+def _table(rows: Sequence[Row], left: float | None, width: int) -> Table:
     done, total = sum(r.phase == "done" for r in rows), len(rows)
     title = f"{done} of {total} jobs done" + (f", about {duration(left)} left" if left is not None else "")
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     table.add_column("job", no_wrap=True)
-    table.add_column("", width=24)
+    bar_width = 24 if width >= WIDE else 10
+    table.add_column("", width=bar_width)
     for heading in ("step", "train loss", "images/s", "left"):
         table.add_column(heading, justify="right", no_wrap=True)
     shown = rows if total <= MOST_ROWS else [r for r in rows if r.phase not in ("done", "waiting")]
     for row in shown:
         if row.phase in ("running", "elsewhere") and row.step is not None and row.total:
-            bar: ProgressBar | str = ProgressBar(total=row.total, completed=row.step, width=24)
+            bar: ProgressBar | str = ProgressBar(total=row.total, completed=row.step, width=bar_width)
         elif row.phase == "done":
-            bar = ProgressBar(total=1, completed=1, width=24)
+            bar = ProgressBar(total=1, completed=1, width=bar_width)
         else:
             bar = "starting" if row.phase == "running" else row.phase
         table.add_row(

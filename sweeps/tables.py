@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from sweeps.forecasts import Forecast
     from sweeps.plan import Plan, PlannedRun
 
+BUSY = 0.1
+"""Share of a calibration's time without a core from which that is told; plans are to be right within 25 %."""
 WIDE = 140
 """Columns from which run ids are shown with their hashes."""
 
@@ -285,6 +287,12 @@ def _time_note(plan: Plan) -> str:
             f"{_several(launch.processes, 'process', 'processes')} of "
             f"{_several(plan.allotment.threads, 'thread')} in {' or '.join(precisions)}"
             + (f" on {launch.machines} machines" if launch.machines > 1 else "")
+        )
+    waited = max((found.waited for found in plan.estimates if found), default=0.0)
+    if waited > BUSY:
+        lines.append(
+            f"calibrated while the machine was busy: other programs had its cores {waited:.0%} of the time; "
+            "times are of such a machine: --calibrate again when it is quiet"
         )
     return "\n  ".join(lines)
 

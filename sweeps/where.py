@@ -54,12 +54,17 @@ def known_sweep(where: str, root: str, name: str | None) -> Path:
         sweep = Path(root) / (load_recipe(where).name if name is None else name)
     if sweep is not None:
         return sweep
-    names = [*sweeps_in(root), *shipped_recipes()]
-    near = difflib.get_close_matches(where, names, n=2, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names)}"
+    names = dict.fromkeys([*sweeps_in(root), *shipped_recipes()])
+    hint = _nearest(where, root) or f"there are {', '.join(names)}"
     raise ConfigError(
         f"{where}: neither a recipe, nor a sweep's folder, nor a sweep's name in {root}; {hint}"
     )
+
+
+def _nearest(where: str, root: str) -> str:
+    """The sweeps and recipes that may have been meant, as a question; nothing where none is called alike."""
+    near = difflib.get_close_matches(where, {*sweeps_in(root), *shipped_recipes()}, n=2, cutoff=0.5)
+    return f"did you mean {' or '.join(near)}?" if near else ""
 
 
 def refuse_sweep(command: str, where: str, root: str) -> None:
@@ -177,7 +182,11 @@ def selected(where: str, request: FidelityRequest) -> Selection:
         return finished_runs(sweep, request.depth, request.family)
     run = RunFolder(where)
     if not (run.path / "config.json").exists():
-        raise ConfigError(f"{where}: neither a recipe, nor a sweep's folder, nor a run's")
+        hint = _nearest(where, request.root)
+        raise ConfigError(
+            f"{where}: neither a recipe, nor a sweep's name or folder, nor a run's folder"
+            + (f"; {hint}" if hint else "")
+        )
     if request.depth is not None or request.family is not None:
         raise ConfigError(f"{where} is a single run; --depth and --family choose among the runs of a sweep")
     state = run.status()["state"]
@@ -194,6 +203,8 @@ def model_at(where: str, choice: ModelChoice) -> tuple[str, str | None]:
     """
     sweep = sweep_at(where, choice.root, choice.name)
     if sweep is None:
+        if not Path(where).exists() and (hint := _nearest(where, choice.root)):
+            raise ConfigError(f"{where}: no such sweep, recipe, run or checkpoint; {hint}")
         return where, choice.tokenizer
     if choice.depth is None:
         raise ConfigError(f"{where} is a sweep: --depth says which of its runs")

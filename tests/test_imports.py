@@ -130,6 +130,29 @@ def test_importing_brings_no_torch(module: str) -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
+@pytest.mark.parametrize(
+    ("probe", "job"),
+    [
+        ("scaling.probes.run", "scaling.trainer"),
+        ("scaling.probes.tokenizer", "scaling.tokenizer.training"),
+        ("scaling.probes.tokens", "scaling.data.encode"),
+    ],
+)
+def test_a_probe_imports_what_its_job_does(probe: str, job: str) -> None:
+    """A job's start is told by its probe's: what one imports besides is time that the other does not take."""
+
+    def reached(module: str) -> set[str]:
+        seen, left = set[str](), {module}
+        while left:
+            current = left.pop()
+            seen.add(current)
+            left |= (own(imported(current, at_start=False)) & MODULES.keys()) - seen
+        return seen
+
+    beside = reached(probe) - reached(job)
+    assert {m for m in beside if not m.startswith("scaling.probes.")} <= {"scaling.clock"}
+
+
 def test_the_walk_sees_imports_wherever_they_stand() -> None:
     tree = ast.parse(
         "import a\nfrom typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import b\n"

@@ -7,10 +7,11 @@ import pytest
 import run_sweep
 from scaling.config import ConfigError
 from scaling.records import RecordsError
+from scaling.requests import FidelityRequest, SampleRequest
 from sweeps.command_line import command_help, overview
 from sweeps.recipe import load_recipe, shipped_recipes
 from sweeps.tables import started_sweep
-from sweeps.where import known_sweep, refuse_sweep, sweep_at
+from sweeps.where import known_sweep, model_at, refuse_sweep, selected, sweep_at
 from tests.sweeps.test_plan import planned
 
 
@@ -71,6 +72,20 @@ def test_a_sweep_where_a_recipe_is_needed_is_told_with_the_command_that_started_
         refuse_sweep("run", "mine", str(tmp_path))
     started(tmp_path, "quickstart")
     refuse_sweep("run", "quickstart", str(tmp_path))
+
+
+def test_a_model_of_a_sweep_that_is_not_there_is_told_with_the_nearest(tmp_path: Path) -> None:
+    started(tmp_path, "mine")
+    root = str(tmp_path)
+    with pytest.raises(
+        ConfigError, match="mien: no such sweep, recipe, run or checkpoint; did you mean mine"
+    ):
+        model_at("mien", SampleRequest(root=root, depth=1))
+    with pytest.raises(ConfigError, match=r"nor a run's folder; did you mean mine"):
+        selected("mien", FidelityRequest(root=root))
+    assert model_at("net.pth", SampleRequest(root=root)) == ("net.pth", None)
+    with pytest.raises(RecordsError, match="no finished run of depth 1"):
+        model_at("mine", SampleRequest(root=root, depth=1))
 
 
 @pytest.mark.parametrize("width", [60, 80, 140])

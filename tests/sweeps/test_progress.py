@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from sweeps.progress import Pace, Progress, Row, line
+from sweeps.progress import Pace, Progress, Row, _table, line
 from sweeps.scheduler import JobState, Scheduler
 from tests.sweeps.fake_sweep import fake_job
 
@@ -108,6 +108,19 @@ def test_what_was_whole_before_is_told_as_checked_until_something_is_mended(tmp_
     state.phase = "done"
     progress.update([state])
     assert "checked and whole: tokens" in out.getvalue()
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_table_fits_the_terminal(width: int) -> None:
+    rows = [
+        Row("var-d12-s0-d99d50dd01", "run", "running", 12345, 20000, 4.5, 812.3, 7000.0),
+        Row("tokens", "tokens", "checking", None, None, None, None, 0.0),
+    ]
+    out = io.StringIO()
+    Console(file=out, width=width).print(_table(rows, 130.0, width))
+    text = out.getvalue()
+    assert "…" not in text
+    assert all(word in text for word in ("left", "12345/20000", "1.9 h", "checking", "train loss"))
 
 
 def test_the_line_names_runs_speed_and_time() -> None:

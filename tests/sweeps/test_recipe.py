@@ -193,7 +193,7 @@ def test_the_help_lists_every_option_with_its_value() -> None:
     assert "Images per optimiser step" in text
 
 
-@pytest.mark.parametrize("name", [*SHIPPED, "cifar10-cpu", "families-cpu"])
+@pytest.mark.parametrize("name", [*SHIPPED, "cifar10-cpu", "cifar10-tiny", "families-cpu"])
 def test_shipped_recipes_say_how_they_are_launched_and_what_they_cost(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.name == name
