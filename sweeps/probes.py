@@ -27,6 +27,7 @@ from sweeps.calibration import ImageSpeed, RunSpeed
 from sweeps.jobs import PRODUCTS, Job, command, prepare, process_environment
 from sweeps.machine import MEMORY_SHARE, PROCESS_BYTES, Allotment, Machine, allot, gpu_groups
 from sweeps.packing import MEMORY_SHARE as GPU_SHARE
+from sweeps.patience import Patience
 from sweeps.scheduler import JobState, Result, Scheduler
 
 SECONDS = 5.0
@@ -83,7 +84,8 @@ def probe_machine(
             _stage_job(kind, folder / f"{kind}-{i}", stage, launch, stage_threads, seconds)
             for i, (kind, stage) in enumerate(parts)
         ]
-        result = _launch(jobs, allotment, on_tick)
+        result = _launch(jobs, launch, allotment, on_tick)
+        notes += _untimed(result)
         for state, (kind, stage) in zip(result.states, parts, strict=True):
             if state.phase == "done":
                 speeds.append(_stage_speed(kind, _read(state), stage, machine, launch, stage_threads))
@@ -99,8 +101,7 @@ def probe_machine(
             if number > 2 and not better([s for s in speeds if isinstance(s, RunSpeed)], number // 2):
                 break
             divided = allot(machine, launch, [0] * len(runs), number)
-        failed = [f"{s.job.name} could not be timed: {s.reason}" for s in result.failed]
-        return Probed(tuple(speeds), tuple(dict.fromkeys(notes + failed)), result.interrupted)
+        return Probed(tuple(speeds), tuple(dict.fromkeys(notes)), result.interrupted)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -160,11 +161,20 @@ def _may_share(
 
 
 def _launch(
-    jobs: Sequence[Job], allotment: Allotment, on_tick: Callable[[Sequence[JobState]], None]
+    jobs: Sequence[Job],
+    launch: LaunchConfig,
+    allotment: Allotment,
+    on_tick: Callable[[Sequence[JobState]], None],
 ) -> Result:
+    """Run probes once each; one that hangs is ended like a run, but nothing is tried again."""
     for job in jobs:
         prepare(job.folder, job.config)
-    return Scheduler(jobs, allotment.slots, on_tick=on_tick).run()
+    patience = Patience(hang_seconds=launch.hang_seconds)
+    return Scheduler(jobs, allotment.slots, on_tick=on_tick, patience=patience).run()
+
+
+def _untimed(result: Result) -> list[str]:
+    return [f"{state.job.name} could not be timed: {state.reason}" for state in result.failed]
 
 
 def _probe_runs(
@@ -184,7 +194,7 @@ def _probe_runs(
             _run_job(folder / f"{index}-{place}", run, launch, allotment.threads, seconds)
             for place in range(places)
         ]
-        result = _launch(jobs, allotment, on_tick)
+        result = _launch(jobs, launch, allotment, on_tick)
         if result.interrupted:
             break
         found = [_read(state) for state in result.states if state.phase == "done"]

@@ -30,7 +30,7 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def timed(self, part: str) -> Iterator[None]:
-        """What happens inside, with the device done with it."""
+        """What happens inside, with the device done with it; every process must enter it."""
         start, waited = self.now(), core_wait()
         yield
         self.seconds[part] = self.seconds.get(part, 0.0) + self.now() - start

@@ -68,11 +68,14 @@ def probe_tokenizer(
             counted += done
         with watch.timed("evaluation"):
             facts = stage1.evaluate_and_log(trained, validation, folder, 1, launch)
-        if accelerator.is_main_process:
-            with watch.timed("checkpoint"):
+        # Every process enters what is timed, since they agree there; one does the work.
+        with watch.timed("checkpoint"):
+            if accelerator.is_main_process:
                 save_checkpoint(folder.checkpoints, 1, trained.tensors(), trained.state())
-            with watch.timed("finish"):
+        with watch.timed("finish"):
+            if accelerator.is_main_process:
                 stage1.finish(trained, source, validation, facts, folder)
+        if accelerator.is_main_process:
             times = watch.seconds
             found = {
                 "images_per_second": train.steps * train.batch / expected,

@@ -3,14 +3,16 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
-from scaling.config import DataConfig, TokenizerRunConfig, TokenizerTrainConfig, to_dict
+from scaling.config import DataConfig, RunConfig, TokenizerRunConfig, TokenizerTrainConfig, to_dict
 from scaling.probes import noise, run, stopwatch, tokenizer, tokens
 from scaling.process import JobProcess
 from scaling.records import RunFolder, read_json, write_json
+from sweeps.machine import Allotment
+from sweeps.probes import _job, _launch
 from tests.scaling.tiny import DATA, LAUNCH, TOKENIZER, make_run, run_config
 
 PARTS = ("flops_per_second", "evaluation_flops_per_second", "checkpoint_seconds", "inside_seconds")
@@ -27,6 +29,20 @@ def test_a_run_is_timed_in_all_its_parts(tmp_path: Path, micro_batch: int | None
     assert found["peak_memory"] == found["host_memory"] > 100 * 2**20, "on a CPU they are the same"
     assert folder.status()["state"] == "done"
     assert folder.metrics() == [], "it is no run: nothing that a fit could take for one"
+
+
+@pytest.mark.parametrize("what", ["run", "tokenizer", "tokens"])
+def test_two_processes_time_together_what_one_does(tmp_path: Path, what: Literal["run", "tokenizer"]) -> None:
+    launch = dataclasses.replace(LAUNCH, processes=2, hang_seconds=40.0)
+    if what == "run":
+        config: RunConfig | TokenizerRunConfig = run_config()
+    else:
+        _, config = stage(tmp_path)
+    job = _job(what, "timing", tmp_path / "two", config, launch, 1, 0.05, 0.0)
+    (state,) = _launch([job], launch, Allotment(((),), 1), lambda states: None).states
+    assert (state.phase, state.reason) == ("done", "")
+    assert job.folder.status()["state"] == "done"
+    assert read_json(job.folder.path / "speed.json")["inside_seconds"] > 0
 
 
 def stage(root: Path) -> tuple[RunFolder, TokenizerRunConfig]:

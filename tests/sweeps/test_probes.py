@@ -139,6 +139,46 @@ def test_a_probe_that_fails_is_told_and_the_others_count(
     assert any("var depth 5" in note and "no memory left" in note for note in found.notes)
 
 
+def test_a_tokenizer_that_could_not_be_timed_is_told_once(
+    tmp_path: Path, timed: list[Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever became of the probes of runs, which come after it."""
+    fine = probes._job
+
+    def failing(what: Any, name: str, *args: Any) -> Job:
+        job = fine(what, name, *args)
+        broken = (sys.executable, "-c", f"import sys; print('{what} broke'); sys.exit(1)")
+        return (
+            job if what == "tokens" or name.endswith("depth 1") else dataclasses.replace(job, command=broken)
+        )
+
+    monkeypatch.setattr(probes, "_job", failing)
+    plan = planned(tmp_path, load_recipe("quickstart", {("launch", "runs_at_once"): 1}))
+    found = probe(plan, tmp_path)
+    assert [s.job for s in found.speeds if isinstance(s, ImageSpeed)] == ["tokens"]
+    for what, times in (("tokenizer broke", 1), ("run broke", 2)):
+        assert sum(what in note for note in found.notes) == times, found.notes
+
+
+def test_a_probe_that_hangs_is_ended(
+    tmp_path: Path, timed: list[Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fine = probes._job
+
+    def hanging(what: Any, name: str, *args: Any) -> Job:
+        job = fine(what, name, *args)
+        still = (sys.executable, "-c", "import time; time.sleep(600)")
+        return dataclasses.replace(job, command=still) if what == "tokenizer" else job
+
+    monkeypatch.setattr(probes, "_job", hanging)
+    plan = planned(tmp_path, load_recipe("quickstart", {("launch", "hang_seconds"): 8.0}))
+    found = probe(plan, tmp_path)
+    assert {s.depth for s in found.speeds if isinstance(s, RunSpeed)} == {1, 2, 5}
+    (note,) = found.notes
+    assert "tokenizer" in note or "timing tok" in note
+    assert "no progress" in note
+
+
 def test_depths_that_do_not_fit_are_not_tried(tmp_path: Path, timed: list[Job]) -> None:
     plan = planned(tmp_path, load_recipe("quickstart", {("launch", "runs_at_once"): 1}))
     closed = [calibration.closed_memory(c, LAPTOP, plan.recipe.launch) for c in plan.configs]
