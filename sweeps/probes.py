@@ -12,9 +12,10 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 import shutil
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -28,8 +29,9 @@ from sweeps.jobs import PRODUCTS, Job, command, prepare, process_environment
 from sweeps.machine import MEMORY_SHARE, PROCESS_BYTES, Allotment, Machine, allot, gpu_groups
 from sweeps.packing import MEMORY_SHARE as GPU_SHARE
 from sweeps.patience import Patience
-from sweeps.scheduler import JobState, Result, Scheduler
+from sweeps.scheduler import JobState, Result, Scheduler, claim
 
+WORK = ".calibration-"
 SECONDS = 5.0
 """Of measured training per probe; its start, evaluation, checkpoint and pictures come to about as much."""
 TOKENS_SHARE = 0.5
@@ -75,10 +77,9 @@ def probe_machine(
             "--calibrate times one machine, and here several share each run: plan with --launch.machines 1, "
             "or take the times from the first finished runs"
         )
-    folder = root / f".calibration-{os.getpid()}"
     chosen, notes = _chosen(runs, machine, launch, allotment)
     speeds: list[RunSpeed | ImageSpeed] = []
-    try:
+    with _folder(root) as folder:
         parts = [(kind, stage) for stage in stages for kind in STAGES]
         jobs = [
             _stage_job(kind, folder / f"{kind}-{i}", stage, launch, stage_threads, seconds)
@@ -102,6 +103,23 @@ def probe_machine(
                 break
             divided = allot(machine, launch, [0] * len(runs), number)
         return Probed(tuple(speeds), tuple(dict.fromkeys(notes)), result.interrupted)
+
+
+@contextlib.contextmanager
+def _folder(root: Path) -> Iterator[Path]:
+    """A folder to work in, removed afterwards; so are those of calibrations that were killed.
+
+    These are told by their lock, which the system frees: on a shared root a process id says nothing.
+    """
+    for left in root.glob(f"{WORK}*"):
+        if (lock := claim(left / ".lock")) is not None:
+            shutil.rmtree(left, ignore_errors=True)
+            lock.close()
+    root.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=WORK, dir=root))
+    try:
+        with RunFolder(folder).lock():
+            yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -10,6 +10,7 @@ import pytest
 
 from scaling.config import ConfigError
 from scaling.flops import forward_flops, spent
+from scaling.records import RunFolder
 from sweeps import calibration, probes, speed_store
 from sweeps.calibration import ImageSpeed, RunSpeed
 from sweeps.jobs import Job
@@ -100,6 +101,18 @@ def test_a_plan_after_a_calibration_knows_every_time_and_every_memory(
     growth = [row.memory_per_process - calibration.closed_memory(c, LAPTOP, recipe.launch)
               for row, c in zip(after.runs, after.configs, strict=True)]  # fmt: skip
     assert growth == sorted(growth, reverse=True), "between depths that lacked less and less"
+
+
+def test_what_a_killed_calibration_left_goes_and_a_live_one_stays(tmp_path: Path, timed: list[Job]) -> None:
+    plan = planned(tmp_path)
+    live, dead = RunFolder(tmp_path / ".calibration-live"), RunFolder(tmp_path / ".calibration-dead")
+    for folder in (live, dead):
+        with folder.lock():
+            (folder.path / "checkpoint").write_text("x")
+    with live.lock():
+        probe(plan, tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == [live.name]
+        assert (live.path / "checkpoint").exists()
 
 
 def test_what_a_tokenizer_needs_beside_its_steps_is_counted(tmp_path: Path, timed: list[Job]) -> None:
