@@ -63,7 +63,7 @@ class Rates:
         if run.seconds is None or not any(plan.allotment.slots):
             return None
         launch = plan.recipe.launch
-        return run.seconds * launch.processes * launch.machines / plan.allotment.per_gpu / 3600
+        return run.seconds * launch.processes * launch.machines / plan.allotment.places_per_gpu / 3600
 
     def kilowatt_hours(self, hours: float | None) -> float | None:
         """At most: power limit × hours × PUE."""

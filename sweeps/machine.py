@@ -52,7 +52,12 @@ class Allotment:
     threads: int
     """CPU threads per process."""
     per_gpu: int = 1
-    """Places that share a GPU."""
+    """Places that share a GPU; where they do not come out even, of the GPUs with most."""
+
+    @property
+    def places_per_gpu(self) -> float:
+        """On average: what a run's time on a place is divided by for its share of GPU-hours. 1 on a CPU."""
+        return len(self.slots) / len(set(self.slots)) if any(self.slots) else 1.0
 
 
 def this_machine(device: str) -> Machine:

@@ -147,7 +147,7 @@ class Plan:
         runs = [r.seconds for r in self.runs if r.state != "done"]
         if not any(self.allotment.slots) or None in runs:
             return None
-        shared = self.allotment.per_gpu
+        shared = self.allotment.places_per_gpu
         stages = sum(j.seconds or 0.0 for j in self.stage_jobs if j.state != "done")
         per_run = launch.processes * launch.machines / shared
         return sum(s or 0.0 for s in runs) * per_run + stages * launch.processes

@@ -208,14 +208,15 @@ def _data_note(plan: Plan) -> str:
 def _machine_note(plan: Plan) -> str:
     launch, threads = plan.recipe.launch, plan.allotment.threads
     if plan.stated is not None:
-        count = len(plan.machine.gpus)
+        count = len(plan.machine.gpus) * launch.machines
         return f"machine: {_several(count, plan.stated.device.name, plan.stated.device.name)}, as stated"
     note = (
         f"machine: {plan.machine.name}: {_several(len(plan.allotment.slots), 'run')} at once, "
         f"{_several(launch.processes, 'process', 'processes')} of {_several(threads, 'CPU thread')} per run"
     )
     if plan.allotment.per_gpu > 1:
-        note += f", {plan.allotment.per_gpu} runs on each GPU"
+        even = plan.allotment.places_per_gpu == plan.allotment.per_gpu
+        note += f", {'' if even else 'up to '}{plan.allotment.per_gpu} runs on each GPU"
     return note + (f", on each of {launch.machines} machines" if launch.machines > 1 else "")
 
 

@@ -1,5 +1,6 @@
 """Plans for a device that is not here: its peak, its price, its power, and clear refusals."""
 
+import dataclasses
 import io
 from pathlib import Path
 
@@ -7,9 +8,10 @@ import pytest
 from rich.console import Console
 
 from scaling import flops
-from scaling.config import ConfigError
+from scaling.config import ConfigError, LaunchConfig
 from sweeps.costs import Pricing, rates
 from sweeps.devices import DEVICES, find_device, known_device
+from sweeps.machine import Machine, allot
 from sweeps.plan import Plan, Stated, make_plan
 from sweeps.recipe import load_recipe
 from sweeps.tables import plan_notes, plan_table
@@ -43,6 +45,31 @@ def test_more_runs_at_once_need_more_devices_and_as_many_hours_in_all(tmp_path: 
     assert four.device_seconds == pytest.approx(one.device_seconds)
     processes = one.recipe.launch.processes
     assert one.device_seconds == pytest.approx(sum(r.seconds for r in one.runs) * processes)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(("gpus", "at_once"), [(1, 1), (2, 3), (2, 4), (3, 2), (4, 7)])
+def test_an_hour_of_all_places_is_an_hour_of_every_gpu_in_use(
+    tmp_path: Path, gpus: int, at_once: int
+) -> None:
+    plan = stated(tmp_path, processes=1)
+    node = Machine("a node", 64, 2**40, tuple(map(str, range(gpus))))
+    shared = dataclasses.replace(plan, allotment=allot(node, LaunchConfig(runs_at_once=at_once), [1] * 9))
+    hour = dataclasses.replace(plan.runs[0], seconds=3600.0)
+    used = min(gpus, at_once)
+    assert sum(rates(shared, 1.0, False, 1.0).hours(shared, hour) or 0 for _ in range(at_once)) == (
+        pytest.approx(used)
+    )
+    full = dataclasses.replace(shared, runs=(hour,) * at_once, jobs=plan.jobs[:2] + plan.jobs[-1:] * at_once)
+    assert full.device_seconds == pytest.approx(3600 * used)
+
+
+def test_the_stated_machine_is_of_all_machines(tmp_path: Path) -> None:
+    """Times and hours are of processes x machines; so is what the plan says it is for."""
+    more = {"processes": 8, "machines": 2, "main_address": "host"}
+    plan = stated(tmp_path, **more)
+    assert "machine: 16 h100, as stated" in plan_notes(plan)
+    exact = flops.spent(plan.configs[0], plan.configs[0].total_steps).flops
+    assert plan.runs[0].seconds == pytest.approx(exact / (0.4 * 989.5e12 * 16))
 
 
 def test_price_and_energy_follow_from_the_hours(tmp_path: Path) -> None:
