@@ -6,6 +6,10 @@
   and the two part beyond the data. (Below that number the offset's interval has no use: four sizes leave one
   degree of freedom.) Where fewer than three sizes saw as many tokens, the surface in N and D of all finished
   runs says it, if they carry one.
+- Only runs like it speak of a run: on the same tokens, and in the same setting where the recipe varies any
+  (``grid``, ``zip``). Of several learning rates each has a law of its own; runs at a bad one are neither
+  forecast by those at a good one nor taken for their seeds. Imported checkpoints have no setting and count
+  in all.
 - Intervals are of one new run, its own scatter included, at 95 %.
 - A finished run is *outside* when the others, without those of its size, do not forecast it: its loss lies
   outside that interval, made at 1 − 5 %/n for the n finished runs of the family (Bonferroni), so that a sweep
@@ -19,15 +23,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from analysis.errors import DataError
+from analysis.grids import imported
 from analysis.parametric import fit_parametric
 from analysis.powerlaw import fit_power_law
 from analysis.records import read_records
 from analysis.seeds import fit_seeds
+from analysis.settings import alike_in, varied
+from analysis.tokens import same_tokens
 from scaling.records import RecordsError
 
 if TYPE_CHECKING:
@@ -49,6 +56,10 @@ class Place(NamedTuple):
     family: str
     params: int
     tokens: int
+    config: Mapping[str, Any]
+    """As in ``config.json``."""
+    varied: tuple[str, ...]
+    """Names of what a recipe that was not run yet varies, beside those of ``sweep.json``."""
 
 
 class Said(NamedTuple):
@@ -90,14 +101,17 @@ def expect(sweep: Path, places: Mapping[str, Place]) -> Expectations:
     Nothing is said, without an error, of a sweep without records.
     """
     try:
-        frame = read_records(sweep).frame
+        records = read_records(sweep)
     except RecordsError as error:
         return Expectations({}, f"no forecasts yet: {error}")
+    frame, configs = records.frame, {str(run["run"]): run["config"] for run in records.runs}
     final = frame[frame["final"] & (frame[QUANTITY] > 0) & (frame[QUANTITY] < np.inf)]
+    recipe = records.sweep.get("recipe")
+    recipe = recipe if isinstance(recipe, Mapping) else {}
     found: dict[str, Expected] = {}
     missing = False
     for family in dict.fromkeys(place.family for place in places.values()):
-        own = final[final["family"] == family]
+        own = final[[configs[run]["model"]["family"] == family for run in final["run"]]]
         targets = {run: place for run, place in places.items() if place.family == family}
         done = {
             str(run): (int(tokens), float(loss))
@@ -106,13 +120,14 @@ def expect(sweep: Path, places: Mapping[str, Place]) -> Expectations:
         judged = [run for run in targets if run in done]
         level = 1 - FALSE_ALARMS / max(1, len(judged))
         for run, place in targets.items():
+            alike = own[_alike(own, configs, place, recipe)]
             if run in done:
-                others = own[own["params"] != place.params]
+                others = alike[alike["params"] != place.params]
                 place = place._replace(tokens=done[run][0])
                 said = forecast(others, place, level)
                 reached: float | None = done[run][1]
             else:
-                said, reached = forecast(own, place, LEVEL), None
+                said, reached = forecast(alike, place, LEVEL), None
             if said is not None:
                 found[run] = Expected(*said, level if run in done else LEVEL, reached)
             missing = missing or (said is None and run not in done)
@@ -120,14 +135,33 @@ def expect(sweep: Path, places: Mapping[str, Place]) -> Expectations:
     if missing:
         note = (
             f"no forecast for some runs yet: it needs {LEAST} finished sizes of a family at as many tokens, "
-            f"or a grid of {LEAST} sizes and {LEAST} lengths"
+            f"or a grid of {LEAST} sizes and {LEAST} lengths, all of the same setting and tokenizer"
         )
     return Expectations(found, note)
+
+
+def _alike(
+    final: pd.DataFrame,
+    configs: Mapping[str, Mapping[str, Any]],
+    place: Place,
+    recipe: Mapping[str, Any],
+) -> np.ndarray:
+    """The rows whose losses say something of a run at ``place``."""
+    names = tuple(dict.fromkeys((*varied(recipe), *place.varied)))
+
+    setting = alike_in(place.config, names, recipe)
+    same = [
+        same_tokens(configs[run], place.config) and alike_in(configs[run], names, recipe) == setting
+        for run in final["run"]
+    ]
+    return np.array(same, bool) | imported(final).to_numpy(bool)
 
 
 def forecast(final: pd.DataFrame, place: Place, level: float) -> Said | None:
     """A new run's loss from final evaluations of others; None where they do not carry a law."""
     alike = final[(final["tokens"] / place.tokens - 1).abs() <= ALIKE]
+    if not len(final):
+        return None
     if alike["params"].nunique() >= LEAST:
         return _by_size(alike, place.params, level)
     try:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 QUANTITY = "loss_last"
 RATE = "train.lr"
+LENGTHS = ("train.steps", "train.epochs", "train.tokens")
+"""Names of what D tells by itself."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,29 @@ def setting_of(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any
     return found
 
 
+def peak_rate(config: Mapping[str, Any]) -> float:
+    """Learning rate after warm-up (``scaling.config.TrainConfig.peak_lr``); NaN where a config lacks it."""
+    train = config.get("train", {})
+    if train.get("lr") is not None:
+        return float(train["lr"])
+    base, batch = train.get("lr_base"), train.get("batch")
+    return float("nan") if base is None or batch is None else base * batch / 256
+
+
+def alike_in(config: Mapping[str, Any], names: Sequence[str], recipe: Mapping[str, Any]) -> str:
+    """Equal for runs of one setting, whatever their depth, length and seed.
+
+    The learning rate is the one that applied, without what an ``lr_rule`` makes of it at each depth.
+    """
+    setting = setting_of(config, [name for name in names if name not in LENGTHS])
+    if RATE in setting:
+        rule, rate = recipe.get("lr_rule"), peak_rate(config)
+        if isinstance(rule, Mapping):
+            rate *= (config["model"]["depth"] / rule["depth"]) ** rule["power"]
+        setting[RATE] = f"{rate:.6g}"
+    return json.dumps(setting, sort_keys=True)
+
+
 def in_words(setting: Mapping[str, Any]) -> str:
     """``train.lr 0.002, train.batch 64``; null as in the recipe."""
     return ", ".join(f"{name} {_shown(value)}" for name, value in setting.items())
@@ -132,15 +157,6 @@ def of_best_settings(
         slope = np.polyfit(np.log([r.width for r in known]), np.log([r.lr or 1.0 for r in known]), 1)[0]
         power = -float(slope)
     return final[imported(final) | final.index.isin(kept)], Settings(tuple(names), tuple(best), rates, power)
-
-
-def peak_rate(config: Mapping[str, Any]) -> float:
-    """Learning rate after warm-up (``scaling.config.TrainConfig.peak_lr``); NaN where a config lacks it."""
-    train = config.get("train", {})
-    if train.get("lr") is not None:
-        return float(train["lr"])
-    base, batch = train.get("lr_base"), train.get("batch")
-    return float("nan") if base is None or batch is None else base * batch / 256
 
 
 def _rates(keyed: pd.DataFrame) -> tuple[BestRate, ...]:

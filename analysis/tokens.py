@@ -43,19 +43,24 @@ def tokens_of(run: Mapping[str, Any]) -> Tokens | None:
     if origin := run["status"].get("imported"):
         told = [origin.get("tokenizer_hash"), origin.get("images")]
         return Tokens(True, json.dumps([*told, scales[-1]])) if all(told) else None
-    return trained_tokens(config)
-
-
-def trained_tokens(config: Mapping[str, Any]) -> Tokens | None:
-    """``tokens_of`` of a run that was, or will be, trained here."""
     values = _values(config)
     return None if values is None else Tokens(False, json.dumps(values, sort_keys=True))
+
+
+def same_tokens(one: Mapping[str, Any], two: Mapping[str, Any]) -> bool:
+    """Whether two configs of runs trained here say nothing else of their tokens.
+
+    A key that only one of them has, such as one that a later version added, is no difference.
+    """
+    first, second = _values(one) or {}, _values(two) or {}
+    return all(json.dumps(first[n]) == json.dumps(second[n]) for n in first.keys() & second.keys())
 
 
 def names_by_tokens(runs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """By run, its family's name, with what tells its tokens from those of the family's other runs.
 
-    Imported runs, and those whose records do not say, keep the plain name.
+    Imported runs, and those whose records do not say, keep the plain name. As in ``same_tokens``, a key that
+    some runs lack tells nobody apart.
     """
     found: dict[str, str] = {}
     for family in dict.fromkeys(str(run["family"]) for run in runs):
@@ -64,7 +69,7 @@ def names_by_tokens(runs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         values = {str(run["run"]): _values(run["config"]) for run in own if not run["imported"]}
         known = {run: value for run, value in values.items() if value is not None}
         names = dict.fromkeys(name for value in known.values() for name in value)
-        differ = [n for n in names if len({json.dumps(v.get(n)) for v in known.values()}) > 1]
+        differ = [n for n in names if len({json.dumps(v[n]) for v in known.values() if n in v}) > 1]
         for run, value in known.items():
             found[run] = "-".join([family, *(_part(name, value.get(name)) for name in differ)])
     return found

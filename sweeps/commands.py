@@ -293,7 +293,8 @@ def _forecasts(made: Plan, make_forecasts: MakeForecasts | None) -> Forecasts | 
     """What the finished runs say of the others; None before any is finished."""
     if make_forecasts is None or not any(run.state == "done" for run in made.runs):
         return None
-    return make_forecasts(made.folders.sweep, {c.run_id: point_of(c) for c in made.configs})
+    varied = (*made.recipe.grid, *made.recipe.zip)
+    return make_forecasts(made.folders.sweep, {c.run_id: point_of(c, varied) for c in made.configs})
 
 
 def _forecasts_json(forecasts: Forecasts | None) -> dict[str, dict[str, float | bool | None]]:

@@ -6,11 +6,11 @@ the function that does it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
-from scaling.config import RunConfig
+from scaling.config import RunConfig, to_dict
 from scaling.flops import params, spent
 
 
@@ -52,14 +52,19 @@ class Point(NamedTuple):
     family: str
     params: int
     tokens: int
+    config: Mapping[str, Any]
+    """As in ``config.json``: of what setting and on what tokens it trains."""
+    varied: tuple[str, ...]
+    """Names of what the recipe at hand varies, beside those that ``sweep.json`` knows of."""
 
 
 MakeForecasts = Callable[[Path, Mapping[str, Point]], Forecasts]
 
 
-def point_of(config: RunConfig) -> Point:
-    """N and D of a run at its end."""
-    return Point(config.model.family, params(config.model), spent(config, config.total_steps).tokens)
+def point_of(config: RunConfig, varied: Sequence[str] = ()) -> Point:
+    """N and D of a run at its end, and what it is trained with."""
+    tokens = spent(config, config.total_steps).tokens
+    return Point(config.model.family, params(config.model), tokens, to_dict(config), tuple(varied))
 
 
 def surprises(found: Forecasts) -> list[str]:

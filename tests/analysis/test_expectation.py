@@ -1,7 +1,9 @@
 """What finished runs say of the others: the law they obey, wide where they are few, and no false alarm."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -9,13 +11,14 @@ import pytest
 
 from analysis.expectation import LEVEL, Place, expect, forecast
 from scaling.records import RunFolder
-from tests.analysis.fabricate import law, sweep
+from tests.analysis.fabricate import law, run_config, sweep
+from tests.analysis.test_grids import write_sweep
 
 TOKENS = 64 * 300 * 30
 
 
 def place(depth: int, tokens: int = TOKENS, family: str = "var") -> Place:
-    return Place(family, 73728 * depth**3, tokens)
+    return Place(family, 73728 * depth**3, tokens, run_config(depth, family=family), ())
 
 
 def places(folder: Path, *coming: int) -> dict[str, Place]:
@@ -69,7 +72,7 @@ def test_a_sweep_on_its_law_is_seldom_flagged() -> None:
         frame = pd.DataFrame({"params": sizes, "tokens": TOKENS, "loss_last": losses})
         outside = 0
         for i in range(6):
-            said = forecast(frame.drop(index=i), Place("var", int(sizes[i]), TOKENS), 1 - 0.05 / 6)
+            said = forecast(frame.drop(index=i), Place("var", int(sizes[i]), TOKENS, {}, ()), 1 - 0.05 / 6)
             assert said is not None
             outside += not said.low <= losses[i] <= said.high
         flagged += outside > 0
@@ -90,7 +93,7 @@ def test_a_grid_of_sizes_and_lengths_is_forecast_by_its_surface() -> None:
     grid = [(73728 * d**3, t * 10**6) for d in (2, 3, 4, 6) for t in (1, 2, 3, 4)]
     rows = [(n, d, loss(n, d) * np.exp(0.001 * rng.standard_normal())) for n, d in grid]
     frame = pd.DataFrame(rows, columns=["params", "tokens", "loss_last"])
-    said = forecast(frame, Place("var", 73728 * 8**3, 6 * 10**6), LEVEL)
+    said = forecast(frame, Place("var", 73728 * 8**3, 6 * 10**6, {}, ()), LEVEL)
     assert said is not None
     assert said.low < loss(73728 * 8**3, 6e6) < said.high
     assert said.high - said.low < 0.2
@@ -102,3 +105,78 @@ def test_an_unfinished_run_counts_as_one_to_come(tmp_path: Path) -> None:
     assert RunFolder(last).status()["state"] != "done"
     said = expect(folder, places(folder)).runs[last.name]
     assert said.reached is None
+
+
+GOOD, BAD = {"lr": 1e-3}, {"lr": 8e-3}
+
+
+def far_off(depth: int, setting: Mapping[str, Any]) -> float:
+    """A rate that costs 20 %, and the more the larger the model."""
+    return 1.0 if setting["lr"] == GOOD["lr"] else 1.1 + 0.02 * depth
+
+
+def settled(folder: Path, *coming: tuple[str, Place]) -> dict[str, Any]:
+    found = dict(coming)
+    for run in sorted(folder.glob("var-*")):
+        config = json.loads((run / "config.json").read_text())
+        end = RunFolder(run).metrics("eval")[-1]
+        found[run.name] = Place("var", end["params"], end["tokens"], config, ())
+    return dict(expect(folder, found).runs)
+
+
+def coming(tokens: int, depth: int = 7, **train: Any) -> Place:
+    config = run_config(depth)
+    config["train"] |= train
+    return Place("var", 73728 * depth**3, tokens, config, ())
+
+
+def test_runs_of_each_setting_are_forecast_as_if_they_were_alone(tmp_path: Path) -> None:
+    recipe = {"grid": {"train.lr": [1e-3, 8e-3]}}
+    depths = (1, 2, 3, 4, 5)
+    mixed = write_sweep(tmp_path / "two", depths, [300], "cos", [GOOD, BAD], far_off, recipe)
+    (tokens,) = {RunFolder(run).metrics("eval")[-1]["tokens"] for run in mixed.glob("var-*")}
+    found = settled(mixed, ("good", coming(tokens, **GOOD)), ("bad", coming(tokens, **BAD)))
+    for name, setting in (("good", GOOD), ("bad", BAD)):
+        alone = write_sweep(tmp_path / name, depths, [300], "cos", [setting], far_off, recipe)
+        expected = settled(alone, (name, coming(tokens, **setting)))
+        assert (found[name].value, found[name].low, found[name].high) == (
+            expected[name].value, expected[name].low, expected[name].high,
+        )  # fmt: skip
+        for run in alone.glob("var-*"):
+            assert found[run.name].value == expected[run.name].value
+            assert not found[run.name].outside
+
+
+def test_a_setting_that_was_never_run_has_no_forecast(tmp_path: Path) -> None:
+    """A recipe that comes to vary something: its new runs are unlike those that are done."""
+    folder = write_sweep(tmp_path, (1, 2, 3, 4, 5), [300], "cos", [GOOD])
+    (tokens,) = {RunFolder(run).metrics("eval")[-1]["tokens"] for run in folder.glob("var-*")}
+    one, other = (coming(tokens, **setting)._replace(varied=("train.lr",)) for setting in (GOOD, BAD))
+    found = expect(folder, {"one": one, "other": other})
+    assert set(found.runs) == {"one"}
+    assert "all of the same setting and tokenizer" in found.note
+
+
+def test_a_rate_that_follows_the_width_is_one_setting(tmp_path: Path) -> None:
+    depths, rule = (1, 2, 3, 4, 5), {"power": 0.5, "depth": 2}
+    settings = [{"lr": rate} for rate in (1e-3, 8e-3)]
+    recipe = {"grid": {"train.lr": [1e-3, 8e-3]}, "lr_rule": rule}
+    folder = write_sweep(tmp_path, depths, [300], "cos", settings, recipe=recipe)
+    for run in folder.glob("var-*"):
+        config = json.loads((run / "config.json").read_text())
+        config["train"]["lr"] *= (config["model"]["depth"] / 2) ** -0.5
+        (run / "config.json").write_text(json.dumps(config))
+    assert len(settled(folder)) == 2 * len(depths)
+
+
+def test_other_tokens_forecast_nothing(tmp_path: Path) -> None:
+    settings = [{"vocab": vocab} for vocab in (32, 4096)]
+    folder = write_sweep(
+        tmp_path, (1, 2, 3, 4, 5), [300], "cos", settings, lambda depth, s: 1.0 if s["vocab"] == 32 else 2.0,
+        {"grid": {"tokenizer.vocab": [32, 4096]}},
+    )  # fmt: skip
+    found = settled(folder)
+    by_vocab = {v: [e for n, e in found.items() if n.endswith(f"000000{v}")] for v in (32, 4096)}
+    assert [len(part) for part in by_vocab.values()] == [5, 5]
+    for one, two in zip(*by_vocab.values(), strict=True):
+        assert two.value == pytest.approx(2 * one.value, rel=1e-6)
