@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from sweeps.jobs import PACKAGE_ROOT, Folders, Job, prepare, run_job, tokenizer_
 from sweeps.machine import PROCESS_BYTES, Allotment, Machine, allot, gpu_groups
 from sweeps.packing import makespan, runs_per_gpu
 from sweeps.recipe import Recipe, tokenizer_runs
-from sweeps.trunks import own_part, shares, start_of
+from sweeps.trunks import own_part, resumed_at, shares, start_of
 
 CHECKPOINTS = 3
 """Two are kept, a third is being written."""
@@ -65,6 +66,10 @@ class PlannedRun:
     seconds: float | None
     """Expected, of this run by itself."""
     state: str
+    flops_to_do: int
+    """Of the steps that are neither its trunk's nor in its newest checkpoint; 0 of a run that is done."""
+    seconds_to_do: float | None
+    """Expected, of these steps."""
 
 
 @dataclass(frozen=True)
@@ -136,15 +141,23 @@ class Plan:
     def seconds_sum(self) -> float | None:
         """The times of all jobs still to do, added; None when one is unknown."""
         counted = self.jobs if self.stated is None else self.run_jobs
-        left = [j.seconds for j in counted if j.state != "done"]
+        left = [self._to_do[j.folder.path] for j in counted]
         return None if None in left else sum(s or 0.0 for s in left)
+
+    @cached_property
+    def _to_do(self) -> dict[Path, float | None]:
+        """The seconds that each job still takes, by its folder; None where they are not known."""
+        stages = {j.folder.path: 0.0 if j.state == "done" else j.seconds for j in self.stage_jobs}
+        return stages | {
+            job.folder.path: run.seconds_to_do for job, run in zip(self.run_jobs, self.runs, strict=True)
+        }
 
     @property
     def device_seconds(self) -> float | None:
         """Seconds of all GPUs that the runs still to do take, added; None without GPUs, or where a run's time
         is unknown. Tokenizers and token caches count where their times are known."""
         launch = self.recipe.launch
-        runs = [r.seconds for r in self.runs if r.state != "done"]
+        runs = [r.seconds_to_do for r in self.runs]
         if not any(self.allotment.slots) or None in runs:
             return None
         shared = self.allotment.places_per_gpu
@@ -158,7 +171,7 @@ class Plan:
         places; None when a job's time is unknown. On a stated device it is of the runs alone: a tokenizer's
         FLOPs have no closed form."""
         counted = self.jobs if self.stated is None else self.run_jobs
-        left = [(j.kind, j.seconds, j.weight + j.behind) for j in counted if j.state != "done"]
+        left = [(j.kind, self._to_do[j.folder.path], j.weight + j.behind) for j in counted]
         if any(seconds is None for _, seconds, _ in left):
             return None
         first = sum(s or 0.0 for kind, s, _ in left if kind != "run")
@@ -184,7 +197,7 @@ class Plan:
             "total": {
                 "flops": sum(r.flops for r in self.runs),
                 "flops_spent": sum(r.flops_spent for r in self.runs),
-                "flops_to_do": sum(r.flops_spent for r in self.runs if r.state != "done"),
+                "flops_to_do": sum(r.flops_to_do for r in self.runs),
                 "peak_memory": self.peak_memory,
                 "disk_to_do": self.disk,
                 "seconds_to_do_sum": self.seconds_sum,
@@ -261,14 +274,22 @@ def make_plan(
         recipe.places(),
         strict=True,
     ):
-        if stated is None:
-            found = calibration.run(config, machine, allotment, launch, start)
-        else:
-            found = Estimate(stated.seconds(config, launch, start), measured=False)
+
+        def estimate(config: RunConfig, start: int) -> Estimate | None:
+            if stated is not None:
+                return Estimate(stated.seconds(config, launch, start), measured=False)
+            return calibration.run(config, machine, allotment, launch, start)
+
+        found, done = estimate(config, start), resumed_at(job.folder, start)
+        left = found if done == start else estimate(config, done)
         memory = calibration.memory(config, closed, machine, allotment.threads, launch)
         estimates.append(found)
         jobs.append(dataclasses.replace(job, seconds=found.seconds if found else None))
-        planned.append(_planned(config, jobs[-1], start, closed, memory, launch.processes, place.label))
+        row = _planned(config, jobs[-1], start, closed, memory, launch.processes, place.label)
+        if row.state != "done":
+            to_do, seconds = own_part(config, done).flops, left.seconds if left else None
+            row = dataclasses.replace(row, flops_to_do=to_do, seconds_to_do=seconds)
+        planned.append(row)
     return Plan(
         *(recipe, data, folders, machine, allotment, configs),
         *(tuple(planned), tuple(jobs), tuple(estimates), stated),
@@ -339,7 +360,8 @@ def _run_jobs(
     parts = zip(configs, shares(configs), strict=True)
     for config, share in sorted(parts, key=lambda part: part[1].trunk is not None):  # trunks first
         trunk = None if share.trunk is None else found[share.trunk][0]
-        start = start_of(RunFolder(folders.sweep / config.run_id), share, trunk)
+        folder = RunFolder(folders.sweep / config.run_id)
+        start = start_of(folder, share, None if trunk is None else trunk.folder)
         weight = own_part(config, start).flops
         job = run_job(folders, config, launch, threads, weight, share.trunk, share.start, share.leave)
         found[config.run_id] = job, start
@@ -378,4 +400,6 @@ def _planned(
         disk=checkpoints * checkpoint_bytes(model) + 4 * params_total(model),
         seconds=job.seconds,
         state=job.state,
+        flops_to_do=0,
+        seconds_to_do=0.0,
     )

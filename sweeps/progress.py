@@ -155,9 +155,9 @@ class Progress:
                 continue
             seconds = 0.0 if state.checks and row.left is None else row.left
             if seconds is None and state.job.seconds is not None:
-                seconds = state.job.seconds * (self._slowness or 1.0)
+                seconds = state.job.seconds * _undone(state) * (self._slowness or 1.0)
             if seconds is None and self._flops_per_second and state.job.weight:
-                seconds = state.job.weight / self._flops_per_second
+                seconds = state.job.weight * _undone(state) / self._flops_per_second
             if seconds is None:
                 return None
             if state.job.kind == "run":
@@ -204,6 +204,15 @@ class Progress:
                     f"{clock}  {state.job.name} is being worked on by another process; waiting for it"
                 )
         return events
+
+
+def _undone(state: JobState) -> float:
+    """Share of a waiting job's own steps that an attempt before has not done."""
+    status, job = state.job.folder.status(), state.job
+    step, total = status.get("step"), status.get("total_steps")
+    if job.kind != "run" or step is None or not total or total <= job.start:
+        return 1.0
+    return min(1.0, (total - step) / (total - job.start))
 
 
 @contextlib.contextmanager

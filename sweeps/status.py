@@ -7,6 +7,7 @@ from its FLOPs at the speed of the runs of its family that are going now, or wer
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,7 @@ from sweeps.forecasts import Forecasts, MakeForecasts, Point, point_of, surprise
 from sweeps.packing import makespan
 from sweeps.slurm_queue import Seen, standing
 from sweeps.tables import duration, forecast_text, number, short_names, sweep_folders
+from sweeps.trunks import shares, start_of
 
 if TYPE_CHECKING:
     from rich.console import Console, Group
@@ -45,6 +47,8 @@ class Standing:
     """Of a run whose ``config.json`` this program can read."""
     seen: Seen | None = None
     """What Slurm says of it, if it was handed to Slurm."""
+    start: int = 0
+    """Steps that its trunk does for it, if it is a branch."""
     whole: bool = False
     """A token cache that was finished before, so that a job on it only looks through it."""
 
@@ -95,7 +99,7 @@ class Standing:
         if config is None:
             return None
         speed = self.flops_per_second or speeds.get(config.model.family)
-        done = self.status.get("step", 0)
+        done = max(self.start, int(self.status.get("step", 0)))
         if not speed:
             return None
         cost = spent(config, config.total_steps).flops
@@ -206,7 +210,8 @@ def read_status(
     for name, folder in sweep_folders(sweep):
         status, of_slurm = folder.status(), (seen or {}).get(folder.path)
         whole = status["state"] == "running" and _whole(folder)
-        jobs.append(Standing(name, status, _config(folder), of_slurm, whole))
+        jobs.append(Standing(name, status, _config(folder), of_slurm, whole=whole))
+    jobs = _with_starts(sweep, jobs)
     forecasts = None
     if make_forecasts is not None:
         points = {job.name: point_of(job.config) for job in jobs if job.config is not None}
@@ -265,6 +270,17 @@ def _config(folder: RunFolder) -> RunConfig | None:
         return from_dict(RunConfig, value) if "model" in value else None
     except (ConfigError, RecordsError):
         return None
+
+
+def _with_starts(sweep: Path, jobs: Sequence[Standing]) -> list[Standing]:
+    """The jobs, where branches know which steps are not theirs."""
+    configs = {job.name: job.config for job in jobs if job.config is not None}
+    starts = {}
+    for (name, config), share in zip(configs.items(), shares(list(configs.values())), strict=True):
+        if share.trunk is not None and config is not None:
+            trunk = next(other for other, c in configs.items() if c.run_id == share.trunk)
+            starts[name] = start_of(RunFolder(sweep / name), share, RunFolder(sweep / trunk))
+    return [dataclasses.replace(job, start=starts.get(job.name, 0)) for job in jobs]
 
 
 def _whole(folder: RunFolder) -> bool:

@@ -125,7 +125,7 @@ def plan_table(
         "run": f"to do: {len(left)} of {len(plan.runs)} runs",
         "tokens": number(sum(r.tokens for r in left)),
         "FLOPs": f"{sum(r.flops for r in left):.3g}",
-        "spent": f"{sum(r.flops_spent for r in left):.3g}" if shared else "",
+        "spent": f"{sum(r.flops_to_do for r in left):.3g}" if shared else "",
         "disk": size(plan.disk),
         "time": _seconds(plan.seconds_sum),
     } | _costs(rates, None if total is None else total / 3600)

@@ -59,22 +59,35 @@ def own_part(config: RunConfig, start: int) -> Spent:
     return Spent(whole.tokens - before.tokens, whole.flops - before.flops)
 
 
-def start_of(folder: RunFolder, share: Share, trunk: Job | None) -> int:
+def start_of(folder: RunFolder, share: Share, trunk: RunFolder | None) -> int:
     """The steps that are, or will be, done for a run by its trunk, as far as the disk knows.
 
     Args:
         folder: of the run.
-        trunk: the job of its trunk.
     """
     if trunk is None:
         return 0
-    if any(folder.checkpoints.glob("step-*")):
+    if folder.status()["state"] == "done" or any(folder.checkpoints.glob("step-*")):
         return int(folder.shared()["step"])
-    if trunk.state != "done" or folder.status()["state"] == "done":
+    if trunk.branch(share.start).exists() or not _past(trunk, share.start):
         return share.start
-    # A trunk that was done before this run was asked for has left what its branches of then needed.
-    left = [int(path.name.removeprefix("step-")) for path in trunk.folder.branches.glob("step-*")]
+    # A trunk that was further before this run was asked for has left what its branches of then needed.
+    left = [int(path.name.removeprefix("step-")) for path in trunk.branches.glob("step-*")]
     return max((step for step in left if step <= share.start), default=0)
+
+
+def resumed_at(folder: RunFolder, start: int) -> int:
+    """The steps that need not be done any more: those of the newest checkpoint, else ``start``."""
+    found = [int(path.name.removeprefix("step-")) for path in folder.checkpoints.glob("step-*")]
+    return max([start, *found])
+
+
+def _past(trunk: RunFolder, step: int) -> bool:
+    """Whether a trunk will not do this step any more."""
+    status = trunk.status()
+    if status["state"] == "running":
+        return int(status.get("step", 0)) > step
+    return bool(status["state"] == "done") or resumed_at(trunk, 0) > step
 
 
 def after_trunks(jobs: Sequence[Job]) -> list[Job]:

@@ -13,11 +13,13 @@ from rich.console import Console
 from scaling import flops
 from scaling.config import ConfigError, RunConfig
 from scaling.records import RunFolder
+from sweeps.devices import DEVICES
 from sweeps.jobs import Job
 from sweeps.machine import Machine
-from sweeps.plan import Plan, make_plan
+from sweeps.plan import Plan, Stated, make_plan
 from sweeps.recipe import Recipe, load_recipe
 from sweeps.scheduler import JobState, Scheduler
+from sweeps.status import read_status
 from sweeps.tables import plan_notes, plan_table
 from sweeps.trunks import clear, own_part, shares
 from tests.sweeps.fake_sweep import fake_job
@@ -273,6 +275,63 @@ def test_what_a_finished_trunk_did_not_leave_is_planned_as_work(tmp_path: Path) 
     (branch.checkpoints / "step-000000100").mkdir(parents=True)
     branch.write_shared({"run": trunk.name, "step": 160, "tokens": 1, "flops": 1})
     assert [run.start for run in planned(tmp_path, read).runs] == [80, 160, 0]
+
+
+def test_a_length_that_its_trunk_is_past_is_planned_as_work(tmp_path: Path) -> None:
+    """Whether the trunk is going or was stopped; what it has still before it, it leaves."""
+    read = recipe(tmp_path, WSD.replace("[1, 2]", "[1]") + "lengths: [1, 2, 4]\n")
+    trunk = planned(tmp_path, read).run_jobs[-1].folder
+    trunk.set_status("running", step=100, total_steps=400)
+    assert [run.start for run in planned(tmp_path, read).runs] == [0, 160, 0]
+    trunk.set_status("interrupted", step=100, total_steps=400)
+    (trunk.checkpoints / "step-000000080").mkdir(parents=True)
+    assert [run.start for run in planned(tmp_path, read).runs] == [80, 160, 0], "it goes on from there"
+    (trunk.checkpoints / "step-000000100").mkdir()
+    assert [run.start for run in planned(tmp_path, read).runs] == [0, 160, 0]
+    trunk.branch(80).mkdir(parents=True)
+    assert [run.start for run in planned(tmp_path, read).runs] == [80, 160, 0]
+
+
+@pytest.mark.parametrize("branch", [False, True])
+def test_what_a_checkpoint_holds_is_not_to_do(tmp_path: Path, branch: bool) -> None:
+    read = recipe(tmp_path, WSD.replace("[1, 2]", "[1]") + "lengths: [1, 4]\n")
+
+    def plan() -> Plan:
+        data = dataclasses.replace(read.data, num_classes=5)
+        return make_plan(read, data, tmp_path / "runs", LAPTOP, Stated(DEVICES["h100"], 0.5))
+
+    before = plan()
+    row, config = before.runs[0 if branch else 1], before.configs[0 if branch else 1]
+    folder, steps = before.run_jobs[0 if branch else 1].folder, row.steps - 10
+    if branch:
+        folder.write_shared({"run": before.runs[1].run, "step": row.start, "tokens": 1, "flops": 1})
+    else:
+        folder.branch(before.runs[0].start).mkdir(parents=True)
+    (folder.checkpoints / f"step-{steps:09d}").mkdir(parents=True)
+    folder.set_status("interrupted", step=steps, total_steps=row.steps)
+    after = plan()
+    done = own_part(config, row.start).flops - own_part(config, steps).flops
+    totals = [made.to_json()["total"] for made in (before, after)]
+    assert totals[0]["flops_to_do"] - totals[1]["flops_to_do"] == done
+    assert totals[0]["flops_spent"] == totals[1]["flops_spent"]
+    saved = totals[0]["seconds_to_do_sum"] - totals[1]["seconds_to_do_sum"]
+    assert saved == pytest.approx(done / (0.5 * DEVICES["h100"].peak(config.train.precision)))
+    assert sum(run.seconds_to_do or 0.0 for run in after.runs) == pytest.approx(
+        totals[1]["seconds_to_do_sum"]
+    )
+
+
+def test_status_counts_of_a_branch_what_is_its_own(tmp_path: Path) -> None:
+    read = recipe(tmp_path, WSD.replace("[1, 2]", "[1]") + "lengths: [1, 2, 4]\n")
+    plan = planned(tmp_path, read)
+    plan.write()
+    found = {job.name: job for job in read_status(plan.folders.sweep).jobs}
+    for run in plan.runs:
+        assert found[run.run].left({"var": 1e9}) == pytest.approx(run.flops_spent / 1e9)
+    branch = plan.run_jobs[0].folder
+    branch.set_status("interrupted", step=90, total_steps=100)
+    (left,) = [j.left({"var": 1e9}) for j in read_status(plan.folders.sweep).jobs if j.name == branch.name]
+    assert left == pytest.approx(own_part(plan.configs[0], 90).flops / 1e9)
 
 
 def test_settings_stand_in_the_table(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def test_an_hour_of_all_places_is_an_hour_of_every_gpu_in_use(
     plan = stated(tmp_path, processes=1)
     node = Machine("a node", 64, 2**40, tuple(map(str, range(gpus))))
     shared = dataclasses.replace(plan, allotment=allot(node, LaunchConfig(runs_at_once=at_once), [1] * 9))
-    hour = dataclasses.replace(plan.runs[0], seconds=3600.0)
+    hour = dataclasses.replace(plan.runs[0], seconds=3600.0, seconds_to_do=3600.0)
     used = min(gpus, at_once)
     assert sum(rates(shared, 1.0, False, 1.0).hours(shared, hour) or 0 for _ in range(at_once)) == (
         pytest.approx(used)

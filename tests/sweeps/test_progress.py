@@ -81,11 +81,22 @@ def test_jobs_that_wait_are_told_by_how_the_machine_does_now(
     going.job = dataclasses.replace(going.job, seconds=10.0)
     waiting = JobState(dataclasses.replace(fake_job(tmp_path, "b"), seconds=7.0))
     states = [going, waiting]
-    assert progress.time_left(states, [progress.row(s) for s in states]) == pytest.approx(17)
+    assert progress.time_left(states, [progress.row(s) for s in states]) == pytest.approx(15), (
+        "a fifth of the first is done"
+    )
     clock += 10.0
     going.job.folder.set_status("running", step=40)
     left = progress.time_left(states, [progress.row(s) for s in states])
     assert left == pytest.approx(30 + 7 * 50 / 10), "50 s for what was planned with 10"
+
+
+def test_of_a_job_that_waits_to_go_on_the_rest_is_left(tmp_path: Path) -> None:
+    progress, _ = display(terminal=False, places=1)
+    job = dataclasses.replace(fake_job(tmp_path, "a"), seconds=20.0, start=60)
+    waiting = JobState(job)
+    for step, left in ((60, 20.0), (90, 5.0)):
+        job.folder.set_status("interrupted", step=step, total_steps=100)
+        assert progress.time_left([waiting], [progress.row(waiting)]) == pytest.approx(left)
 
 
 def test_what_was_whole_before_is_told_as_checked_until_something_is_mended(tmp_path: Path) -> None:

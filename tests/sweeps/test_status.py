@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from scaling.config import to_dict
 from scaling.flops import spent
 from sweeps import commands, status
 from sweeps.forecasts import Point
@@ -121,7 +122,10 @@ def test_forecasts_are_asked_for_with_every_runs_place_and_surprises_are_told(tm
         return Table({odd: Said(3.9, 3.8, 4.0, 0.99, 4.1, True), coming: Said(3.4, 3.3, 3.5)}, "why no more")
 
     text = text_of(read_status(plan.folders.sweep, make))
-    assert asked[0] == {r.run: Point("var", r.params, r.tokens) for r in plan.runs}
+    assert asked[0] == {
+        r.run: Point("var", r.params, r.tokens, to_dict(c), ())
+        for r, c in zip(plan.runs, plan.configs, strict=True)
+    }
     assert "3.400 [3.300, 3.500]" in text
     assert f"{odd}: its loss 4.100 is outside [3.800, 4.000]" in text
     assert "why no more" in text
