@@ -400,7 +400,10 @@ def _left(job: Job) -> float:
     """FLOPs that it has still to do, as far as its status says."""
     status = job.folder.status()
     total = status.get("total_steps")
-    return job.weight * (1 - status.get("step", 0) / total) if total else job.weight
+    if not total or total <= job.start:
+        return job.weight
+    # Its weight is of the steps after those that its trunk did.
+    return job.weight * min(1.0, (total - status.get("step", 0)) / (total - job.start))
 
 
 def _full(folder: Path) -> bool:

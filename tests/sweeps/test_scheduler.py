@@ -14,7 +14,7 @@ import pytest
 
 from scaling.process import alive
 from scaling.records import RunFolder
-from sweeps.scheduler import JobState, Result, Scheduler
+from sweeps.scheduler import JobState, Result, Scheduler, _left
 from tests.sweeps.fake_sweep import HERE, REPOSITORY, fake_job
 
 
@@ -215,3 +215,15 @@ def test_a_second_signal_kills_what_torchrun_would_have_started_too(tmp_path: Pa
     scheduler.on_tick = interrupt
     assert scheduler.run().exit_code == 130
     wait_for(lambda: not alive(int(pid.read_text())))
+
+
+def test_of_a_branch_that_has_just_begun_all_its_own_flops_are_left(tmp_path: Path) -> None:
+    """Its weight is of the steps after its trunk's, which its status counts too."""
+    branch = dataclasses.replace(fake_job(tmp_path, "branch", weight=20.0), start=80)
+    whole = fake_job(tmp_path, "whole", weight=20.0)
+    assert [_left(branch), _left(whole)] == [20.0, 20.0]
+    for step, left in ((80, 20.0), (90, 10.0), (100, 0.0)):
+        branch.folder.set_status("running", step=step, total_steps=100)
+        whole.folder.set_status("running", step=step, total_steps=100)
+        assert _left(branch) == pytest.approx(left)
+        assert _left(whole) == pytest.approx(20.0 * (1 - step / 100))
