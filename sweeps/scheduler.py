@@ -76,6 +76,8 @@ class JobState:
     not_before: float = 0.0
     """Of the next try, by the monotonic clock."""
     claim: IO[str] | None = None
+    orphan: bool = False
+    """While it is elsewhere: no launcher has it, which would try it again."""
     prepared: bool = False
     """Whether ``launch.json`` was written: once, however long the job then waits for other machines."""
     log_start: int = 0
@@ -208,11 +210,16 @@ class Scheduler:
             if state.claim is None:
                 state.claim = claim(state.job.folder.path / ".launcher")
             if state.claim is None or state.job.folder.busy():
-                state.phase = "elsewhere"
-            elif self.patience.given_up(status) or (state.phase == "elsewhere" and recorded == "failed"):
+                state.phase, state.orphan = "elsewhere", state.claim is not None
+            elif self.patience.given_up(status) or (
+                state.phase == "elsewhere" and not state.orphan and recorded == "failed"
+            ):
                 state.reason = str(status.get("error", "failed under another launcher"))
                 state.code = int(status.get("exit_code", 1))
                 self._end(state, "failed")
+            elif state.phase == "elsewhere" and recorded == "failed":
+                state.code = int(status.get("exit_code", 1))
+                self._fail(state, recorded, status)
             elif state.job.alone and running:
                 return True
             else:

@@ -14,7 +14,8 @@ import pytest
 
 from scaling.process import alive
 from scaling.records import RunFolder
-from sweeps.scheduler import JobState, Result, Scheduler
+from sweeps.patience import Patience
+from sweeps.scheduler import JobState, Result, Scheduler, claim
 from tests.sweeps.fake_sweep import HERE, REPOSITORY, fake_job
 
 
@@ -173,6 +174,9 @@ def test_two_launchers_at_once_do_every_job_once(tmp_path: Path) -> None:
 def test_a_failure_under_another_launcher_is_not_tried_again(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "a")
     with contextlib.ExitStack() as other:
+        held = claim(folder.path / ".launcher")
+        assert held is not None
+        other.enter_context(held)
         other.enter_context(folder.lock())
 
         def fail_there(states: Sequence[JobState]) -> None:
@@ -184,6 +188,26 @@ def test_a_failure_under_another_launcher_is_not_tried_again(tmp_path: Path) -> 
     assert phases(result) == {"a": "failed"}
     assert result.failed[0].reason == "out of luck"
     assert starts(tmp_path, "a") == 0
+
+
+@pytest.mark.parametrize(("retries", "started", "phase"), [(1, 1, "done"), (0, 0, "failed")])
+def test_an_orphan_that_fails_is_tried_again_as_any_job(
+    tmp_path: Path, retries: int, started: int, phase: str
+) -> None:
+    folder = RunFolder(tmp_path / "a")
+    with contextlib.ExitStack() as orphan:
+        orphan.enter_context(folder.lock())  # and nobody has its .launcher
+
+        def fail_there(states: Sequence[JobState]) -> None:
+            if states[0].phase == "elsewhere":
+                folder.set_status("failed", error="out of luck", exit_code=1, cause="hung")
+                orphan.close()
+
+        scheduler = Scheduler(
+            [fake_job(tmp_path, "a")], [()], on_tick=fail_there, patience=Patience(retries, 0.01)
+        )
+        result = scheduler.run()
+    assert (phases(result), starts(tmp_path, "a")) == ({"a": phase}, started)
 
 
 def test_an_error_of_the_launcher_itself_leaves_no_process_behind(tmp_path: Path) -> None:
