@@ -227,6 +227,10 @@ class RunFolder:
                 "their own with --data.name NAME, or move that folder away to make it again"
             )
 
+    def encoded(self) -> bool:
+        """Whether a token cache was finished once; its shards may be damaged by now."""
+        return _read_if_there(self.path / "manifest.json", {}).get("complete") is True
+
     def unreadable(self) -> dict[str, int]:
         """Images of each split that a token cache had to skip; none named for a split without any."""
         file = self.path / "manifest.json"

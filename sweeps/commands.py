@@ -329,8 +329,7 @@ def _calibrate(made: Plan, state: JobState, out: Console) -> None:
 
 
 def check_images(made: Plan, check_data: CheckData) -> None:
-    stages = made.stage_jobs
-    needed = any(job.state != "done" for job in stages)
+    stages, needed = made.stage_jobs, _needs_images(made)
     if not needed and made.data.source == "hf":
         return  # its fingerprint is the name and the counts, which the config has
     try:
@@ -343,12 +342,20 @@ def check_images(made: Plan, check_data: CheckData) -> None:
         job.folder.check_data(fingerprint)
 
 
+def _needs_images(made: Plan) -> bool:
+    """Whether there is something to be made from them; a check of a finished cache that was broken off asks
+    for them itself, should it find damage."""
+    return any(
+        job.state != "done" and not (job.kind == "tokens" and job.folder.encoded()) for job in made.stage_jobs
+    )
+
+
 def _missing_data(made: Plan, check_data: CheckData) -> str | None:
     """Why the images that are still needed are not there; None when they seem to be.
 
     Only a folder with nothing for training in it is looked at closer: a plan should not list a million files.
     """
-    if made.data.path is None or all(j.state == "done" for j in made.stage_jobs if j.kind == "tokens"):
+    if made.data.path is None or not _needs_images(made):
         return None
     path = Path(made.data.path)
     if any(any(folder.glob("train*")) for folder in (path, path / "data")):
