@@ -31,7 +31,7 @@ from sweeps.plan import Plan, Stated, chosen_per_gpu, make_plan, stage_of, stage
 from sweeps.probes import probe_machine
 from sweeps.progress import Progress
 from sweeps.recipe import Recipe
-from sweeps.scheduler import JobState, Result, Scheduler
+from sweeps.scheduler import FULL, JobState, Result, Scheduler
 from sweeps.share import TimeSpent, time_spent
 from sweeps.slurm_queue import Seen, standing
 from sweeps.status import beats, read_status, watch
@@ -186,8 +186,10 @@ def launch(made: Plan, jobs: Sequence[Job], check_data: CheckData) -> Result:
         return Result(tuple(scheduler.states), interrupted=False)
     with display:
         result = _lead(made, scheduler, out)
-    spent = TimeSpent(len(made.allotment.slots), time.monotonic() - started, before, time_spent(jobs))
-    say(out, spent.told(result.states, whole_machine=not any(made.allotment.slots)))
+    wall = time.monotonic() - started
+    with contextlib.suppress(OSError):  # a folder that cannot be read now; the report is still to come
+        spent = TimeSpent(len(made.allotment.slots), wall, before, time_spent(jobs))
+        say(out, spent.told(result.states, whole_machine=not any(made.allotment.slots)))
     tell(result, out)
     tell_unreadable(made, out)
     return result
@@ -429,7 +431,12 @@ def tell_unreadable(made: Plan, out: Console) -> None:
 
 
 def say(out: Console, text: str, style: str = "") -> None:
-    out.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
+    """Print a line, unless the output is a file on a disk that is full: that ends no sweep."""
+    try:
+        out.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
 
 
 def runs_done(result: Result) -> bool:

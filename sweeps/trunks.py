@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -86,13 +87,13 @@ def after_trunks(jobs: Sequence[Job]) -> list[Job]:
 
 
 def clear(jobs: Sequence[Job]) -> None:
-    """Remove the checkpoints of every trunk that no branch needs any more."""
+    """Remove the checkpoints of every trunk that no branch needs any more; not now, where a folder cannot be
+    read now."""
     for trunk in jobs:
-        if not trunk.folder.branches.exists():
-            continue
         branches = [job for job in jobs if job.trunk is not None and job.trunk.path == trunk.folder.path]
-        if all(job.state == "done" for job in (trunk, *branches)):
-            shutil.rmtree(trunk.folder.branches, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            if trunk.folder.branches.exists() and all(job.state == "done" for job in (trunk, *branches)):
+                shutil.rmtree(trunk.folder.branches, ignore_errors=True)
 
 
 def _group(config: RunConfig) -> str:
