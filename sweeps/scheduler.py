@@ -238,10 +238,15 @@ class Scheduler:
             return True
         else:
             try:
-                self._start(state, free[0], status)
+                self._start(state, min(free, key=self._crowd), status)
             except OSError as error:
                 self._not_started(state, error)
         return False
+
+    def _crowd(self, place: int) -> int:
+        """How many running jobs have a device of this place."""
+        mine = set(self.slots[place])
+        return sum(not mine.isdisjoint(self.slots[s.slot]) for s in self.states if s.slot is not None)
 
     def _not_started(self, state: JobState, error: OSError) -> None:
         full = error.errno in FULL
@@ -350,13 +355,15 @@ class Scheduler:
             cause, state.reason, state.code = "disk", DISK_FULL, REFUSED
         if cause is None:
             cause = "hung" if state.hung else "killed" if state.code and state.code < 0 else None
+        before = state.tries.count
         if self._again(state, cause, status):
             if cause != "diverged":  # which the next attempt is to find in its status
                 self._record(state, "waiting", error=f"{state.reason}; to be tried again")
             return
-        if state.tries.count > 1:
+        often = state.tries.count > max(1, before)  # this failure counts as a try; others may have come before it
+        if often:
             state.reason += f" ({state.tries.count} times, no further each time)"
-        if recorded != "failed" or state.tries.count > 1:
+        if recorded != "failed" or often:
             more = {} if cause is None else {"cause": cause}
             self._record(state, "failed", error=state.reason, exit_code=state.code, **more)
         self._end(state, "failed")

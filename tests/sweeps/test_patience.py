@@ -142,6 +142,14 @@ def test_a_diverged_run_is_not_trained_again_by_the_next_launch_either(tmp_path:
     assert starts(tmp_path, "a") == 2
 
 
+@pytest.mark.parametrize("behaviour", ["--diverge", "--refuse"])
+def test_crashes_before_are_not_counted_as_what_ended_it(tmp_path: Path, behaviour: str) -> None:
+    sweep = Scheduler([fake_job(tmp_path, "a", behaviour=behaviour)], [()], patience=QUICK)
+    sweep.states[0].tries.count = 2
+    (failed,) = sweep.run().failed
+    assert failed.reason == {"--diverge": "it diverged", "--refuse": "data.path: nothing there"}[behaviour]
+
+
 def test_memory_is_tried_again_at_once_and_as_often_as_it_takes(tmp_path: Path) -> None:
     result = launched(fake_job(tmp_path, "a", behaviour="--short"), patience=Patience())
     assert (phases(result), starts(tmp_path, "a")) == ({"a": "done"}, 5)

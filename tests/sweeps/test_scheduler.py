@@ -86,6 +86,27 @@ def test_runs_side_by_side_get_different_gpus_and_the_environment_of_their_job(t
     assert seen == {"1 0,1", "1 2,3"}
 
 
+def test_of_several_places_on_a_gpu_the_one_is_taken_whose_gpu_has_least_to_do(tmp_path: Path) -> None:
+    """A run that comes late must not share a GPU with another while one idles."""
+    jobs = [
+        fake_job(tmp_path, "a", 2, weight=9),
+        fake_job(tmp_path, "b", 2, weight=8),
+        fake_job(tmp_path, "long", 200, weight=7),
+        fake_job(tmp_path, "d", 2, weight=6),
+        fake_job(tmp_path, "late", 2, weight=5, needs=("a", "b", "d")),
+    ]
+    scheduler = Scheduler(jobs, [("0",), ("1",), ("0",), ("1",)])
+
+    def leave_after(states: Sequence[JobState]) -> None:
+        if states[-1].phase == "done":
+            scheduler._signals.append(time.monotonic())
+
+    scheduler.on_tick = leave_after
+    assert phases(scheduler.run())["long"] == "interrupted", "it was there all the time"
+    got = {job.name: (tmp_path / job.name / "starts.txt").read_text().split()[1] for job in jobs}
+    assert got == {"a": "0", "b": "1", "long": "0", "d": "1", "late": "1"}
+
+
 def test_a_failure_is_told_with_its_log_and_takes_down_only_what_needs_it(tmp_path: Path) -> None:
     jobs = [
         fake_job(tmp_path, "bad", behaviour="--fail"),
