@@ -188,7 +188,7 @@ def launch(made: Plan, jobs: Sequence[Job], check_data: CheckData) -> Result:
         result = _lead(made, scheduler, out)
     wall = time.monotonic() - started
     with contextlib.suppress(OSError):  # a folder that cannot be read now; the report is still to come
-        spent = TimeSpent(len(made.allotment.slots), wall, before, time_spent(jobs))
+        spent = TimeSpent.by(result.states, len(made.allotment.slots), wall, before)
         say(out, spent.told(result.states, whole_machine=not any(made.allotment.slots)))
     tell(result, out)
     tell_unreadable(made, out)
