@@ -42,7 +42,7 @@ def same_start(accelerator: Accelerator, checkpoints: Path, step: int) -> None:
     mine = torch.tensor([step], device=accelerator.device)
     found = accelerator.gather(mine).tolist()
     if len(set(found)) > 1:
-        late = OSError(errno.ESTALE, os.strerror(errno.ESTALE))  # mostly: so that it counts as one, and passes
+        late = OSError(errno.ESTALE, os.strerror(errno.ESTALE))  # mostly: it counts as one
         raise RecordsError(
             f"{checkpoints}: the processes go on from different checkpoints (steps "
             f"{', '.join(map(str, found))} by process): not all see the folder alike, or one is damaged; "

@@ -18,8 +18,8 @@
 - ``beat`` only remembers; one thread writes ``status.json`` about once a second, so that a training
   step never waits for the disk and the heartbeat goes on through a long batch.
 - The same thread watches the launcher (``VARSCALE_LAUNCHER_PID``): a job whose launcher was killed
-  leaves as if it had been asked to, instead of holding the machine; one that stands still then, and would have
-  been ended for it by its launcher, ends itself.
+  leaves as if it had been asked to, instead of holding the machine; one that stands still then ends itself,
+  after the silence after which its launcher would have.
 - A thread also beats while the work itself stands still, in a collective that a dead peer never joins, say.
   So the status says too when the job last called ``beat`` or ``should_stop`` (``progress_at``), which is what
   the scheduler looks at; a job that is about to be ended for its silence prints where its threads stand.
@@ -54,8 +54,8 @@ LAUNCHER = "VARSCALE_LAUNCHER_PID"
 """Environment variable with the process id of the launcher, set by the scheduler."""
 
 HANG = "VARSCALE_HANG_SECONDS"
-"""Environment variable with the silence after which the scheduler ends the job; or, once that is gone, the job
-itself."""
+"""Environment variable with the silence after which the scheduler ends the job, or, once that is gone, the
+job itself."""
 DUMP_SHARE = 0.8
 """Of that silence, after which the job prints where its threads stand."""
 
@@ -117,7 +117,8 @@ class JobProcess:
         self._thread_error: BaseException | None = None
         self._stack = contextlib.ExitStack()
         self.after_divergence = False
-        """(main process) Whether the attempt before ended because the run diverged."""
+        """(main process) Whether the run diverged and no attempt has gone back since; one that has says
+        ``beat(go_back=False)``."""
 
     # -- what a job calls ----------------------------------------------------------------------
 
@@ -162,11 +163,8 @@ class JobProcess:
 
     def _begin(self) -> None:
         before = self.folder.status()
-        self.after_divergence = before.get("cause") == "diverged"
-        counts = {"attempt": before.get("attempt", 0) + 1}
-        if self.after_divergence:
-            counts["divergences"] = before.get("divergences", 0) + 1
-        self.folder.set_status("running", **counts, progress_at=self._moved)
+        self.folder.set_status("running", attempt=before.get("attempt", 0) + 1, progress_at=self._moved)
+        self.after_divergence = bool(self.folder.status().get("go_back", False))
 
     def __exit__(
         self,

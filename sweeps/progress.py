@@ -73,8 +73,8 @@ class Progress:
     def update(self, states: Sequence[JobState]) -> None:
         """Show what has changed; cheap when it is too early to.
 
-        A folder that cannot be read now, or an output that takes no more (a file on the disk that is full), is no
-        reason to end a sweep.
+        A folder that cannot be read now, or an output that takes no more (a file on the disk that is full),
+        is no reason to end a sweep.
         """
         with contextlib.suppress(OSError):
             self._update(states)

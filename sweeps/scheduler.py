@@ -360,7 +360,7 @@ class Scheduler:
             if cause != "diverged":  # which the next attempt is to find in its status
                 self._record(state, "waiting", error=f"{state.reason}; to be tried again")
             return
-        often = state.tries.count > max(1, before)  # this failure counts as a try; others may have come before it
+        often = state.tries.count > max(1, before)  # not only failures before this one
         if often:
             state.reason += f" ({state.tries.count} times, no further each time)"
         if recorded != "failed" or often:

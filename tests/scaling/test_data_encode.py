@@ -165,7 +165,7 @@ def test_wrong_folders_get_one_line_and_exit_2(
 def test_a_whole_cache_needs_its_images_no_more_and_a_damaged_one_asks_for_them(
     folders: tuple[Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    tokens, tokenizer_folder = folders
+    tokens, _ = folders
     images = tmp_path / "images"
     for number in range(6):
         file = images / ("val" if number > 3 else "train") / "class" / f"{number}.png"
