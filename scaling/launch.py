@@ -63,6 +63,10 @@ class LaunchConfig:
     """Runs that share each GPU; None for what 'plan --calibrate' found to end the sweep soonest, else 1."""
     device: Device = "auto"
     compile: bool = False
+    recompute_activations: bool = False
+    """Activation checkpointing: training keeps only what goes into each layer, and computes the rest again
+    in the backward pass. The same numbers from a fraction of the memory, for up to a third more work; the
+    FLOPs in the records are the model's either way."""
     attention: Literal["auto", "masked", "blockwise"] = "auto"
     """masked: one fused call over all pairs of tokens; blockwise: step by step, without masked work; auto:
     blockwise on a CPU, masked on a GPU (``benchmarks.training`` shows the difference)."""

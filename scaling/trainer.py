@@ -49,6 +49,7 @@ from scaling.evaluation import evaluate
 from scaling.families.registry import build, family_model
 from scaling.generation import sample_grid
 from scaling.layers.attention import back_end
+from scaling.layers.block import Block
 from scaling.memory import out_of_memory
 from scaling.objective import Objective
 from scaling.process import DivergedError, Interrupted, JobProcess, recorded_failure, run_job
@@ -169,9 +170,11 @@ class State:
         self.quantizer = tokenizer.quantize.to(accelerator.device)
         torch.manual_seed(config.seed)
         self.bare = build(config.model, launch.attention)
-        if launch.compile:
-            for block in self.bare.blocks.children():  # type: ignore[union-attr]  # regional: one small graph, compiled once for all layers
-                block.compile()
+        for block in self.bare.get_submodule("blocks").children():
+            assert isinstance(block, Block)
+            block.recompute = launch.recompute_activations
+            if launch.compile:
+                block.compile()  # regional: one small graph, compiled once for all layers
         self.names = dict(self.bare.named_parameters())
         groups = decay_groups(self.bare)
         train = config.train

@@ -65,6 +65,7 @@ class Settings:
     adversarial: bool = False
     random_sizes: int = 0
     """Of a scalable tokenizer's training."""
+    recompute: bool = False
 
 
 @dataclass(frozen=True)
@@ -380,7 +381,9 @@ def closed_memory(run: RunConfig, machine: Machine, launch: LaunchConfig) -> int
     """``train_memory`` of one of a run's processes."""
     micro = micro_batch(run.train.batch, launch.machines * launch.processes, launch)
     device = "cuda" if gpu_groups(machine, launch) else "cpu"
-    return train_memory(run.model, micro, run.train.precision, device, launch.attention)
+    return train_memory(
+        run.model, micro, run.train.precision, device, launch.attention, launch.recompute_activations
+    )
 
 
 def measure_images(
@@ -429,6 +432,7 @@ def run_settings(run: RunConfig, allotment: Allotment, launch: LaunchConfig) -> 
         launch.compile,
         launch.attention,
         len(allotment.slots),
+        recompute=launch.recompute_activations,
     )
 
 
