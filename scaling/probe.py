@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -147,14 +148,14 @@ def probe_run(folder: RunFolder, config: RunConfig, launch: LaunchConfig, second
         train_split = NoiseTokens(config, config.data.train_images)
 
         def steps(part: str, config: RunConfig, seconds: float, least: int) -> flops.Spent:
-            batches = Batches(config, launch, accelerator, train_split, folder)
             total, step = flops.Spent(0, 0), 0
-            while step < least or watch[part] < seconds:
-                scales = step_scales(config.model, config.seed, step)
-                with watch.timed(part):
-                    set_rates(state.optimizer, config, min(step, config.total_steps - 1))
-                    float(train_step(state, batches, step, scales)["loss_avg"])
-                total, step = total + flops.step_cost(config, scales), step + 1
+            with Batches(config, launch, accelerator, train_split, folder) as batches:
+                while step < least or watch[part] < seconds:
+                    scales = step_scales(config.model, config.seed, step)
+                    with watch.timed(part):
+                        set_rates(state.optimizer, config, min(step, config.total_steps - 1))
+                        float(train_step(state, batches, step, scales)["loss_avg"])
+                    total, step = total + flops.step_cost(config, scales), step + 1
             watch.seconds[f"{part} steps"] = step
             return total
 
@@ -179,10 +180,11 @@ def probe_run(folder: RunFolder, config: RunConfig, launch: LaunchConfig, second
         affordable = batch * max(1, int(seconds / 2 * per_second / (one * batch)))
         images = min(wanted, affordable * accelerator.num_processes)
         with watch.timed("evaluation"):
-            evaluate(
-                state.bare, config.model, state.quantizer, NoiseTokens(config, config.data.val_images),
-                accelerator, cached=config.tokenizer.scales, images=images, batch=batch,
-            )  # fmt: skip
+            state.with_weights(partial(
+                evaluate, config=config.model, quantizer=state.quantizer,
+                split=NoiseTokens(config, config.data.val_images), accelerator=accelerator,
+                cached=config.tokenizer.scales, images=images, batch=batch,
+            ))  # fmt: skip
         with watch.timed("checkpoint"):
             state.save(folder, 1)
         with watch.timed("samples"):

@@ -66,6 +66,7 @@ class Settings:
     random_sizes: int = 0
     """Of a scalable tokenizer's training."""
     recompute: bool = False
+    shard: bool = False
 
 
 @dataclass(frozen=True)
@@ -382,8 +383,9 @@ def closed_memory(run: RunConfig, machine: Machine, launch: LaunchConfig) -> int
     micro = micro_batch(run.train.batch, launch.machines * launch.processes, launch)
     device = "cuda" if gpu_groups(machine, launch) else "cpu"
     return train_memory(
-        run.model, micro, run.train.precision, device, launch.attention, launch.recompute_activations
-    )
+        run.model, micro, run.train.precision, device, launch.attention, launch.recompute_activations,
+        launch.machines * launch.processes if launch.shard else 1,
+    )  # fmt: skip
 
 
 def measure_images(
@@ -433,6 +435,7 @@ def run_settings(run: RunConfig, allotment: Allotment, launch: LaunchConfig) -> 
         launch.attention,
         len(allotment.slots),
         recompute=launch.recompute_activations,
+        shard=launch.shard,
     )
 
 
