@@ -98,14 +98,14 @@ class Feed:
     """Draws steps for one process; ``close`` it, or its thread lives on.
 
     Args:
-        share_b: the process's rows of the global batch.
+        share: the process's rows of the global batch.
         kept: the split whose tokens are all copied to the device now; None to read each step's.
     """
 
     def __init__(
-        self, config: RunConfig, split: Split, share_b: Int64, device: torch.device, kept: KeptSplit | None
+        self, config: RunConfig, split: Split, share: slice, device: torch.device, kept: KeptSplit | None
     ) -> None:
-        self._config, self._split, self._share_b, self._device = config, split, share_b, device
+        self._config, self._split, self._share, self._device = config, split, share, device
         self._kept = kept
         self._whole = None if kept is None else _all_tokens(kept, device)
         # A thread pins its memory for the device that is current in it.
@@ -126,17 +126,16 @@ class Feed:
         if self._pool is not None and step + 1 < self._config.total_steps:
             following = step_scales(self._config.model, self._config.seed, step + 1)
             self._next = (step + 1, following, self._pool.submit(self._drawn, step + 1, following))
+        if self._device.type == "cpu" and self._whole is None:
+            return drawn._replace(tokens=_widened(drawn.tokens))
         send = partial(Tensor.to, device=self._device, non_blocking=True)
         tokens = send(drawn.tokens)
         if self._whole is not None:
             tokens = self._whole.index_select(0, tokens)
             if (columns := self._columns(scales)) is not None:
                 tokens = tokens.index_select(1, send(self._pinned(columns)))
-        # 16 bits without a sign, by operations that every device has.
-        tokens_bL = tokens.long() & 0xFFFF
-        return Drawn(
-            tokens_bL, send(drawn.labels_b), None if drawn.path_scale is None else send(drawn.path_scale)
-        )
+        path_scale = None if drawn.path_scale is None else send(drawn.path_scale)
+        return Drawn(_widened(tokens), send(drawn.labels_b), path_scale)
 
     def close(self) -> None:
         """End the thread."""
@@ -145,14 +144,12 @@ class Feed:
 
     def _drawn(self, step: int, scales: tuple[int, ...]) -> Drawn:
         """In main memory; a pure function."""
-        config, n, share_b = self._config, self._split.images, self._share_b
+        config, n, share = self._config, self._split.images, self._share
         batch, seed = config.train.batch, config.seed
-        indices_b = batch_indices(seed, step, batch, n)[share_b]
-        views_b = batch_views(step, batch, n, config.data.views)[share_b]
+        indices_b = batch_indices(seed, step, batch, n)[share]
+        views_b = batch_views(step, batch, n, config.data.views)[share]
         draws = step_draws(config.model, seed, step, batch)
-        labels_b = np.where(
-            draws.drop_label[share_b], config.model.num_classes, self._split.labels[indices_b]
-        )
+        labels_b = np.where(draws.drop_label[share], config.model.num_classes, self._split.labels[indices_b])
         tokens: np.ndarray
         if self._kept is not None:
             tokens = self._kept.rows(indices_b, views_b)
@@ -161,7 +158,7 @@ class Feed:
             if (columns := self._columns(scales)) is not None:
                 tokens = tokens[:, columns]
             tokens = tokens.view(np.int16)
-        path_scale = None if draws.path_scale is None else self._pinned(draws.path_scale[:, :, share_b])
+        path_scale = None if draws.path_scale is None else self._pinned(draws.path_scale[:, :, share])
         return Drawn(self._pinned(tokens), self._pinned(labels_b), path_scale)
 
     def _columns(self, scales: tuple[int, ...]) -> Int64 | None:
@@ -171,6 +168,11 @@ class Feed:
     def _pinned(self, values: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(values))
         return tensor.pin_memory() if self._device.type == "cuda" else tensor
+
+
+def _widened(tokens: Tensor) -> Tensor:
+    """16 bits without a sign as int64, by operations that every device has."""
+    return tokens.long().bitwise_and_(0xFFFF)
 
 
 def _all_tokens(split: KeptSplit, device: torch.device) -> Tensor:

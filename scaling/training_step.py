@@ -56,10 +56,11 @@ class Batches:
                 f"of {world}"
             )
         shares = np.array_split(np.arange(batch), world)
-        self._share, self._largest = shares[accelerator.process_index], len(shares[0])
+        share, self._largest = shares[accelerator.process_index], len(shares[0])
+        self._images = len(share)
         wanted = min(launch.micro_batch or self._largest, self._largest)
         self.micro = MicroBatch(folder.path, device_name(accelerator.device), wanted)
-        self._feed = Feed(config, split, self._share, accelerator.device, kept)
+        self._feed = Feed(config, split, slice(share[0], share[-1] + 1), accelerator.device, kept)
         self._now: tuple[int, tuple[int, ...], Drawn] | None = None
 
     def __enter__(self) -> Batches:
@@ -72,8 +73,9 @@ class Batches:
     def _counts(self) -> list[int]:
         """Images of each micro-batch."""
         # As many as the process with most rows takes, so that none waits long for the others.
-        micros = min(-(-self._largest // self.micro.size), len(self._share))
-        return [len(part) for part in np.array_split(self._share, micros)]
+        micros = min(-(-self._largest // self.micro.size), self._images)
+        each, more = divmod(self._images, micros)
+        return [each + 1] * more + [each] * (micros - more)
 
     def micro_batches(self, step: int, scales: tuple[int, ...]) -> list[MicroTokens]:
         """Tokens (b, L) of these scales, labels (b,) after label drop, and drop-path factors (depth, 2, b),
@@ -81,6 +83,8 @@ class Batches:
         if self._now is None or self._now[:2] != (step, scales):
             self._now = (step, scales, self._feed.share(step, scales))
         counts, share = self._counts, self._now[2]
+        if len(counts) == 1:
+            return [(share.tokens, share.labels_b, share.path_scale)]
         paths: list[Tensor | None] = [None] * len(counts)
         if share.path_scale is not None:
             paths = [path.contiguous() for path in share.path_scale.split(counts, dim=2)]
