@@ -10,7 +10,7 @@ Design choices
 - Weights are gathered in fp32 and cast where autocast casts them, as unsharded: bf16 on the way would halve
   the traffic, but round the norms and embeddings too.
 - Gradients are added up at every micro-batch. Leaving that to the last one would keep them whole until then.
-- Sums, then a division: gloo's average of a reduce-scatter is a sum (pytorch issue 162338).
+- Sums, then a division: in older torches gloo's average of a reduce-scatter is a sum (pytorch issue 162338).
 - Layers are gathered by all processes together, so all need as many micro-batches, and none can begin a step
   anew by itself: out of memory, the job ends and starts again with smaller ones (``scaling.memory``).
 - Evaluation and pictures take the whole model, put together for them, since the processes' shares of the
@@ -31,6 +31,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from scaling.checkpoint import Tensors
 from scaling.objective import Objective
+from scaling.schema import require
 
 
 def shard(objective: Objective, bare: nn.Module, device: torch.device, processes: int) -> None:
@@ -41,7 +42,14 @@ def shard(objective: Objective, bare: nn.Module, device: torch.device, processes
     Args:
         bare: the family's module within the objective.
         device: where the slices live.
+
+    Raises:
+        ConfigError: this torch is too old for it.
     """
+    require(
+        hasattr(FSDPModule, "set_force_sum_reduction_for_comms"),
+        f"launch.shard needs a newer torch than {torch.__version__}; it is tested with 2.13",
+    )
     mesh = init_device_mesh(device.type, (processes,))
     for block in bare.get_submodule("blocks").children():
         fully_shard(block, mesh=mesh)
