@@ -298,7 +298,7 @@ def test_a_number_that_is_none_in_one_slice_is_found_by_all(chain: Chain, tmp_pa
 
 
 def test_in_bf16_it_is_two_unsharded_processes(chain: Chain, tmp_path: Path) -> None:
-    """The same casts in the same places, and sums of two: not a bit is different."""
+    """The same casts in the same places."""
     config = tiny.run_config(steps=6, precision="bf16", clip=1e9)
     folders = [tiny.make_run(tmp_path / f"run{i}", config, launch) for i, launch in enumerate((SHARD, TWO))]
     for folder in folders:
