@@ -277,8 +277,8 @@ def train_memory(
     18 autocast widths - and with a materialised mask none of the L² scores. A Mamba keeps in place of the 7
     from q to projection its input and, per channel, about 3 fp32 and 8 autocast numbers. The head keeps
     its features and their gradient, its matrix's gradient, and of a portion of the logits their softmax in
-    fp32 and a copy for the products (``scaling.objective``). Attention step by step keeps copies of q,
-    k and v and the weights of all allowed pairs.
+    fp32 and a copy for the products (``scaling.objective``). Attention step by step on a CPU keeps copies of
+    q, k and v and the weights of all allowed pairs; a GPU's kernels keep none.
 
     Args:
         device: cpu or cuda: how many logits there are at a time, and what ``auto`` attention is.
@@ -289,7 +289,7 @@ def train_memory(
     mamba = model.family == "flexvar-mamba"
     mixer = model.ssm_expand * (3 * 4 + 8 * low) + low if mamba else 7 * low
     per_token = model.depth * model.width * (5 * 4 + 11 * low + mixer)
-    stepwise = attention == "blockwise" or (attention == "auto" and device == "cpu")
+    stepwise = device == "cpu" and attention in ("auto", "blockwise")
     pairs = 0
     if stepwise and not mamba and model.family != "raster":
         per_token += model.depth * model.width * 3 * low

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 
 from scaling import flops
 from scaling.agreement import Agreement, same_start
+from scaling.backends import choose_attention
 from scaling.branches import ALONE, Sharing, branch_start, has_left, lines_to_share
 from scaling.checkpoint import (
     NotFiniteError,
@@ -96,6 +98,9 @@ def _train(
             if job.after_divergence:
                 forget_newest(folder.checkpoints)  # finite, but perhaps on its way already
         accelerator.wait_for_everyone()
+        attention = choose_attention(folder, config, launch, accelerator, sharing.trunk)
+        launch = replace(launch, attention=attention)
+        job.beat(attention=attention)
         state = State(config, launch, accelerator, tokenizer)
         start, shared = state.resume(folder, sharing.trunk)
         total = config.total_steps
