@@ -44,6 +44,7 @@ from scaling.checkpoint import (
     sync_file,
 )
 from scaling.clock import Clock, device_name, host_memory, peak_memory
+from scaling.compilation import compile_layers
 from scaling.config import PUBLISHED_SIDE, ConfigError, Device, LaunchConfig, Precision, RunConfig, from_dict
 from scaling.data.cache import TokenCache, open_cache
 from scaling.divergence import Divergence
@@ -175,8 +176,7 @@ class State:
         torch.manual_seed(config.seed)
         self.bare = build(config.model, launch.attention)
         if launch.compile:
-            for block in self.bare.blocks.children():  # type: ignore[union-attr]  # regional: one small graph, compiled once for all layers
-                block.compile()
+            compile_layers(self.bare)
         self.names = dict(self.bare.named_parameters())
         groups = decay_groups(self.bare)
         train = config.train

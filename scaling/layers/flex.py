@@ -24,12 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from scaling.compilation import allow_graphs
 from scaling.layers.block import Attend
 
 BLOCK = 128
 """Tokens to a side of a block. The kernels' own tiles, up to 128 on an H100, must divide it."""
-SHAPES = 64
-"""Kernels at most: for each padded length, number of images, type, and with or without gradients."""
 
 
 @lru_cache(maxsize=4096)
@@ -49,10 +48,10 @@ def block_mask(sizes: tuple[tuple[int, int], ...], device: torch.device) -> Bloc
 
 @lru_cache(maxsize=1)
 def compiled() -> Callable[..., Tensor]:
-    """FlexAttention as a kernel of its own for every shape, not one for many: those check for edges."""
-    kernel: Callable[..., Tensor] = torch.compile(  # type: ignore[call-overload]  # its newest arguments are not typed
-        flex_attention, dynamic=False, fullgraph=True, recompile_limit=SHAPES, isolate_recompiles=True
-    )
+    """FlexAttention, a kernel for each padded length, number of images, type, and with or without gradients;
+    one for many shapes would have to look for edges."""
+    allow_graphs()
+    kernel: Callable[..., Tensor] = torch.compile(flex_attention, dynamic=False, fullgraph=True)
     return kernel
 
 
