@@ -5,11 +5,11 @@
 The quickstart with few images and steps, in a folder of its own that is removed afterwards:
 - 'tokenizer': ``run`` in an empty folder until the tokenizer has taken its first step; photographs are
   cropped before it.
-- 'first run': ``run`` again, with tokenizer and tokens ready, until a run of depth 1 has taken its first step.
-- 'imports': of the trainer, alone in a process; 'plan' and 'help': the whole commands, which import no torch.
+- 'first run': ``run`` again, with tokenizer and tokens ready, until a run of depth 1 has taken a step.
+- 'imports': of the trainer, alone in a process; 'plan' and 'help': whole commands, which import no torch.
 
-A first step is seen by its line in ``metrics.jsonl`` (logged at every step, looked for every 2 ms). Times are by
-the clock; the first repetition, which also reads the files from disk, is not counted.
+A first step is seen by its line in ``metrics.jsonl`` (logged at every step, looked for every 2 ms). Times are
+by the clock; the first repetition, which also reads the files from disk, is not counted.
 """
 
 from __future__ import annotations
@@ -104,9 +104,8 @@ def main() -> None:
     table = Table("from the command to", "seconds, median", "least", "most")
     for name, values in seconds.items():
         table.add_row(name, f"{np.median(values):.2f}", f"{min(values):.2f}", f"{max(values):.2f}")
-    print(
-        f"{device_name(torch.device('cpu'))}, {options.threads} threads a job, {options.repetitions} repetitions"
-    )
+    name = device_name(torch.device("cpu"))
+    print(f"{name}, {options.threads} threads a job, {options.repetitions} repetitions")
     Console(width=100).print(table)
 
 
