@@ -214,18 +214,24 @@ def _results(shape: Shape, name: Backend, given: list[Tensor]) -> list[Tensor]:
 
 
 def seconds_of(shape: Shape, name: Backend) -> float:
-    """Seconds of one call on a GPU, forwards and backwards; the first call of all compiles."""
+    """Seconds of one call, forwards and backwards; the first call of all compiles."""
     *given, grad = shape.draw(shape.images)
     q, k, v = (x.requires_grad_() for x in given)
     attend = block_causal(shape.sizes, name, shape.device)
 
-    def call() -> None:
-        torch.autograd.grad(attend(q, k, v, 1.0), (q, k, v), grad)
+    def calls(count: int) -> float:
+        _wait(shape.device)
+        start = time.perf_counter()
+        for _ in range(count):
+            torch.autograd.grad(attend(q, k, v, 1.0), (q, k, v), grad)
+        _wait(shape.device)
+        return (time.perf_counter() - start) / count
 
-    call()
-    torch.cuda.synchronize(shape.device)
-    start = time.perf_counter()
-    for _ in range(CALLS):
-        call()
-    torch.cuda.synchronize(shape.device)
-    return (time.perf_counter() - start) / CALLS
+    calls(1)
+    return calls(CALLS)
+
+
+def _wait(device: torch.device) -> None:
+    """Until the device is idle."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
