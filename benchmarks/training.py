@@ -125,7 +125,7 @@ def our_step(
 @contextlib.contextmanager
 def published_precision() -> Iterator[None]:
     """TF32 for what is in fp32, as the published trainer has it on a GPU by default."""
-    backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [backend.allow_tf32 for backend in backends]
     for backend in backends:
         backend.allow_tf32 = True
