@@ -13,18 +13,20 @@ Shapes: B images, L tokens (l of one chunk), V vocabulary, C latent channels; si
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from scaling.config import FLEXIBLE, ModelConfig, SamplingConfig, require
 from scaling.drawing import SMOOTHING, draw, keep_top
 from scaling.families.interface import FamilyModel
 from scaling.families.registry import FAMILIES
+from scaling.layers.linear import half_weights
 from scaling.noise import gumbel
 from scaling.pictures import image_grid
 from scaling.tokenizer.quantizer import Quantizer, Size
@@ -187,12 +189,32 @@ def draw_images(
 ) -> Tensor:
     """Images (n, 3, H, W) in [−1, 1], on the model's device, all at once; as ``sample_tokens``."""
     labels_B = torch.tensor(list(labels), device=next(tokenizer.parameters()).device)
-    _, latent_BCHW = sample_tokens(
-        model, tokenizer.quantize, labels_B, seeds,
-        guidance=sampling.guidance, guidance_form=sampling.guidance_form,
-        top_k=sampling.top_k, top_p=sampling.top_p, smooth=smooth, sizes=sizes, forced=forced,
-    )  # fmt: skip
-    return tokenizer.decode_features(latent_BCHW).clamp(-1, 1)
+    return draw_tokens(
+        model, tokenizer, labels_B, seeds, sampling, smooth=smooth, sizes=sizes, forced=forced
+    )[1]
+
+
+@torch.no_grad()
+def draw_tokens(
+    model: FamilyModel,
+    tokenizer: Tokenizer,
+    labels_B: Tensor,
+    seeds: Sequence[int],
+    sampling: SamplingConfig,
+    *,
+    smooth: bool = False,
+    sizes: Sequence[Size] | None = None,
+    forced: Forced | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Tokens (n, L) and images (n, 3, H, W) in [−1, 1], in the precision asked for; as ``sample_tokens``."""
+    half = sampling.precision == "bf16"
+    with half_weights(cast(nn.Module, model)) if half else contextlib.nullcontext():
+        tokens_BL, latent_BCHW = sample_tokens(
+            model, tokenizer.quantize, labels_B, seeds,
+            guidance=sampling.guidance, guidance_form=sampling.guidance_form,
+            top_k=sampling.top_k, top_p=sampling.top_p, smooth=smooth, sizes=sizes, forced=forced,
+        )  # fmt: skip
+        return tokens_BL, tokenizer.decode_features(latent_BCHW).float().clamp(-1, 1)
 
 
 def sample_images(

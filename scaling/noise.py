@@ -17,6 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+NOISE = "philox-4x64-10"
+"""What pictures of a seed depend on besides; another name whenever a seed would draw others."""
+
 ROUNDS = 10
 MULTIPLIERS = (0xD2E7470EE14C6C93, 0xCA5A826395121157)
 KEY_STEPS = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
