@@ -41,7 +41,7 @@ from scaling.backends import CANDIDATES, Shape, calibrate, fastest, seconds_of
 from scaling.config import LaunchConfig, ModelConfig, Precision, SamplingConfig, TokenizerConfig
 from scaling.families.graphed import graphed
 from scaling.families.registry import build, family_model
-from scaling.generation import draw_images
+from scaling.generation import draw_tokens
 from scaling.layers.attention import Backend
 from scaling.layers.linear import half_weights
 from scaling.tokenizer.vqvae import Tokenizer
@@ -258,21 +258,20 @@ def sampling(setting: Setting) -> list[Row]:
     torch.manual_seed(0)
     model = family_model(build(config).to(setting.device).eval().requires_grad_(False))
     tokenizer = _tokenizer(setting)
-    labels, asked = [i % 1000 for i in range(batch)], SamplingConfig(guidance=1.5, top_k=900, top_p=0.96)
-
+    label_B = torch.arange(batch, device=setting.device) % config.num_classes
+    asked = SamplingConfig(guidance=1.5, top_k=900, top_p=0.96, precision="bf16")
     replayed = graphed(model)
 
     def ours() -> None:
-        draw_images(model, tokenizer, labels, range(batch), asked)
+        draw_tokens(model, tokenizer, label_B, range(batch), asked)
 
     def as_graphs() -> None:
-        draw_images(replayed, tokenizer, labels, range(batch), asked)
+        draw_tokens(replayed, tokenizer, label_B, range(batch), asked)
 
     actions: dict[str, Callable[[], object]] = {"ours": ours, "ours as graphs": as_graphs}
     if setting.published is not None:
         _, var = published_models(depth, setting.device)
         var.eval()
-        label_B = torch.tensor(labels, device=setting.device)
 
         @published_precision()
         @torch.inference_mode()

@@ -78,14 +78,14 @@ def graphed(model: FamilyModel) -> FamilyModel:
 
 
 class _Graphed:
-    """What sampling asks of a model."""
+    """The model with another ``begin`` and ``extend``."""
 
     def __init__(self, model: FamilyModel) -> None:
-        self.config, self.model, self._records = model.config, model, dict[tuple[Any, ...], _Record]()
+        self.model, self._records = model, dict[tuple[Any, ...], _Record]()
 
-    def chunks(self, sizes: Sequence[Size] | None = None) -> list[int]:
-        """As the model's."""
-        return self.model.chunks(sizes)
+    def __getattr__(self, name: str) -> Any:
+        """All else is the model's."""
+        return getattr(self.model, name)
 
     def begin(self, labels_B: Tensor, sizes: Sequence[Size] | None = None, guided: bool = False) -> Decoding:
         """As the model's, for the first batch of a shape."""
