@@ -298,7 +298,7 @@ def sampling(setting: Setting) -> list[Row]:
         )
         for name, taken in times.items()
     ]  # fmt: skip
-    for name in actions.keys() - {"published"} if setting.published is not None else ():
+    for name in [name for name in times if name != "published" and "published" in times]:
         what = f"sampling: {name} by published"
         rows.append(Row(what, paired(times["published"], times[name]), "×", "≥ 3"))
     return rows

@@ -99,6 +99,7 @@ def test_no_layer_is_left_uncompiled_without_a_word() -> None:
     assert all(block._compiled_call_impl is not None for block in network.blocks)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles with g++ on a CPU")
 def test_a_compiled_run_differs_by_rounding_and_goes_on_uncompiled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
