@@ -4,8 +4,9 @@
 - A graph is compiled anew for the first change of a size, which from then on may take any value, so that
   random steps and smaller last batches need no more than a few. FlexAttention inside is padded to whole
   blocks, with one graph for each number of them. torch gives up at eight graphs; ``GRAPHS`` is room for all.
-- Attention step by step and Mamba's scan are called from outside the graphs, which are then two or three to
-  a layer. Nothing else breaks a layer's graph.
+- Attention step by step and Mamba's scan are called from outside the graphs, which are then several to a
+  layer. Nothing else breaks a layer's graph. Where activations are computed again such a layer has no graph
+  at all: torch compiles nothing around a break inside of a checkpoint.
 - Without CUDA graphs (``mode="reduce-overhead"``): see docs/results/speed.md.
 """
 
