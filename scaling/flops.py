@@ -279,9 +279,9 @@ def train_memory(
     18 autocast widths - and with a materialised mask none of the L² scores. A Mamba keeps in place of the 7
     from q to projection its input and, per channel, about 3 fp32 and 8 autocast numbers. The head keeps
     its features and their gradient, its matrix's gradient, and of a portion of the logits their softmax in
-    fp32 and a copy for the products (``scaling.objective``). Attention step by step keeps copies of q,
-    k and v and the weights of all allowed pairs. With activations computed again every layer keeps its
-    input, and one at a time all of that.
+    fp32 and a copy for the products (``scaling.objective``). Attention step by step on a CPU keeps copies of
+    q, k and v and the weights of all allowed pairs; a GPU's kernels keep none. With activations computed
+    again every layer keeps its input, and one at a time all of that.
 
     Divided among processes, weights, gradients and moments are, and beside its share each has either all that
     is outside the layers, with its gradient, two layers gathered and one's gradient, or, in an evaluation,
@@ -299,7 +299,7 @@ def train_memory(
     mamba = model.family == "flexvar-mamba"
     mixer = model.ssm_expand * (3 * 4 + 8 * low) + low if mamba else 7 * low
     per_token = model.width * (5 * 4 + 11 * low + mixer)
-    stepwise = attention == "blockwise" or (attention == "auto" and device == "cpu")
+    stepwise = device == "cpu" and attention in ("auto", "blockwise")
     pairs = 0
     if stepwise and not mamba and model.family != "raster":
         per_token += model.width * 3 * low

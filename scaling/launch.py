@@ -73,9 +73,10 @@ class LaunchConfig:
     shard: bool = False
     """Divide a run's weights, gradients and moments among its processes (FSDP2), for models that do not fit
     one GPU; each needs all weights only while it evaluates. Checkpoints are the same with and without."""
-    attention: Literal["auto", "masked", "blockwise"] = "auto"
-    """masked: one fused call over all pairs of tokens; blockwise: step by step, without masked work; auto:
-    blockwise on a CPU, masked on a GPU (``benchmarks.training`` shows the difference)."""
+    attention: Literal["auto", "masked", "blockwise", "flex"] = "auto"
+    """masked: one fused call over all pairs of tokens; blockwise: step by step, without masked work; flex:
+    FlexAttention, on GPUs; auto: blockwise on a CPU, on a GPU what is fastest there for the run's first step
+    (``benchmarks.training`` shows the difference). A run keeps its choice: attention.json."""
     checkpoint_seconds: float = 120.0
     """At most this much work is lost to a kill."""
     retries: int = 2

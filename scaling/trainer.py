@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 
 from scaling import flops
 from scaling.agreement import Agreement, same_start
+from scaling.backends import choose_attention
 from scaling.branches import ALONE, Sharing, branch_start, has_left, lines_to_share
 from scaling.checkpoint import (
     Fill,
@@ -46,6 +48,7 @@ from scaling.checkpoint import (
     sync_file,
 )
 from scaling.clock import Clock, device_name, host_memory, peak_memory
+from scaling.compilation import compile_layers
 from scaling.config import PUBLISHED_SIDE, ConfigError, Device, LaunchConfig, Precision, RunConfig, from_dict
 from scaling.data.cache import TokenCache, open_cache
 from scaling.divergence import Divergence
@@ -106,6 +109,9 @@ def _train(
             if job.after_divergence:
                 forget_newest(folder.checkpoints)  # finite, but perhaps on its way already
         accelerator.wait_for_everyone()
+        attention = choose_attention(folder, config, launch, accelerator, sharing.trunk)
+        launch = replace(launch, attention=attention)
+        job.beat(attention=attention)
         state = State(config, launch, accelerator, tokenizer)
         start, shared = state.resume(folder, sharing.trunk)
         total = config.total_steps
@@ -185,8 +191,8 @@ class State:
         for block in self.bare.get_submodule("blocks").children():
             assert isinstance(block, Block)
             block.recompute = launch.recompute_activations
-            if launch.compile:
-                block.compile()  # regional: one small graph, compiled once for all layers
+        if launch.compile:
+            compile_layers(self.bare)
         objective, self._build = (
             Objective(family_model(self.bare)),
             partial(build, config.model, launch.attention),

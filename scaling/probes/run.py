@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from scaling import flops
+from scaling.backends import choose_attention
 from scaling.clock import host_memory, peak_memory
 from scaling.config import LaunchConfig, RunConfig
 from scaling.data.cache import CachedSplit
@@ -55,6 +56,7 @@ def probe_run(folder: RunFolder, config: RunConfig, launch: LaunchConfig, second
     accelerator = make_accelerator(config, launch)
     with JobProcess(folder, accelerator.is_main_process, accelerator.wait_for_everyone) as job:
         watch = Stopwatch(accelerator, job)
+        launch = replace(launch, attention=choose_attention(folder, config, launch, accelerator))
         state = State(config, launch, accelerator, tokenizer)
         train_split = NoiseTokens(config, config.data.train_images)
 
