@@ -18,6 +18,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from scaling.layers.mamba import Mamba
+
 GRAPHS = 64
 """Graphs of a layer's code at most."""
 
@@ -29,6 +31,9 @@ def compile_layers(model: nn.Module, backend: str | Callable[..., Any] = "induct
         backend: torch's compiler.
     """
     allow_graphs()
+    for module in model.modules():
+        if isinstance(module, Mamba):
+            module.keep_scan_from_compiler()
     for block in cast(nn.ModuleList, model.blocks):
         block.compile(backend=backend)
 

@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scaling.layers.block import Attend, full_precision
-from scaling.layers.flex import flex
 
 Size = tuple[int, int]
 Backend = Literal["auto", "masked", "blockwise", "flex"]
@@ -57,6 +56,8 @@ def block_causal(sizes: Sequence[Size], backend: Backend, device: torch.device) 
 
         return masked
     if chosen == "flex":
+        from scaling.layers.flex import flex  # brings torch's compiler, a second, which few commands need
+
         return flex(tuple(sizes), device)
     if device.type != "cpu":
         return fused_by_steps(tuple(sizes), device)

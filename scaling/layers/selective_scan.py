@@ -37,8 +37,6 @@ SHORTEST_SEGMENT = 8
 """Tokens: the states kept for the backward pass are at most N/8 times as large as u."""
 
 
-# Unrolled, its loops would be compiled for minutes; the rest of a layer is compiled around it.
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def selective_scan(
     u_BLE: Tensor,
     delta_BLE: Tensor,
