@@ -69,6 +69,8 @@ class JobState:
     """From start to end, once it has ended."""
     heartbeat: float | None = None
     """Of the status before this start: an unchanged one says nothing about this attempt."""
+    checks: bool = False
+    """Was done before this launcher: it is started to look through what is there."""
     from_scratch: bool = False
     """Started by this launcher with nothing done before."""
     slot: int | None = None
@@ -155,8 +157,8 @@ class Scheduler:
 
     def __post_init__(self) -> None:
         self.states = [
-            JobState(job, "done" if job.state == "done" and not job.recheck else "waiting")
-            for job in self.jobs
+            JobState(job, "done" if done and not job.recheck else "waiting", checks=done)
+            for job, done in ((job, job.state == "done") for job in self.jobs)
         ]
 
     def run(self) -> Result:

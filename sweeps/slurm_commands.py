@@ -142,15 +142,15 @@ def _notes(asked: Mapping[Path, Resources], options: SlurmOptions) -> list[str]:
 
 
 def submit(made: Plan, check_data: CheckData, options: SlurmOptions, wait: bool) -> Result:
-    """Print the plan, then hand what is missing to Slurm; with ``wait`` stay until all has ended.
+    """Look for the data, print the plan, hand what is missing to Slurm; with ``wait`` stay until the end.
 
     Raises:
         ConfigError: no data; no Slurm, or it refuses.
         RecordsError: as ``commands.launch``; Slurm does not answer.
     """
     out = commands.console()
-    commands.print_plan(made, out)
     commands.check_images(made, check_data)
+    commands.print_plan(made, out)
     made.write()
     clear(made.run_jobs)  # what branches that are done have left
     jobs, sweep = after_trunks(recheck_tokens(made.jobs)), made.folders.sweep
