@@ -13,7 +13,9 @@
   which may fail or go on once it has left that.
 - A job that is ``alone`` (tokenizers and token caches, which use every core) goes before all others and
   beside none. While it waits for those that run, only what is expected to end before them is started.
-- What cannot be written (a full disk) fails the job concerned and never the launcher.
+- What cannot be written (a full disk) or read (a shared file system that stumbles) fails the job concerned,
+  which may be tried again, and never the launcher. A job that has ended is left for a while until its folder
+  can be read again, since what it has done would be told wrong.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -45,6 +47,8 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 FULL_BYTES = 2**16
 """With less room than this a job cannot even say that the disk is full."""
 DISK_FULL = "the disk is full: free some space and start again; everything finished so far is kept"
+UNREAD_SECONDS = 60.0
+"""How long the folder of a job that is to start or has ended may be unreadable until that is a failure."""
 TICK_SECONDS = 0.1
 SAME_SIGNAL_SECONDS = 3.0
 TAIL_LINES = 12
@@ -74,10 +78,14 @@ class JobState:
     pulse: Pulse = field(default_factory=Pulse)
     hung: float | None = None
     """Seconds of silence after which this launcher ended it."""
+    unread: float | None = None
+    """Since when, by the monotonic clock, its folder could not be read when something hung on it."""
     tries: Tries = field(default_factory=Tries)
     not_before: float = 0.0
     """Of the next try, by the monotonic clock."""
     claim: IO[str] | None = None
+    orphan: bool = False
+    """While it is elsewhere: no launcher has it, which would try it again."""
     prepared: bool = False
     """Whether ``launch.json`` was written: once, however long the job then waits for other machines."""
     log_start: int = 0
@@ -89,11 +97,12 @@ class JobState:
 
     def log_tail(self) -> list[str]:
         """The last lines of this attempt."""
-        if not self.log.exists():
+        try:
+            with self.log.open("rb") as file:
+                file.seek(self.log_start)
+                text = file.read().decode("utf-8", "replace")
+        except OSError:  # none yet, or none that can be read now
             return []
-        with self.log.open("rb") as file:
-            file.seek(self.log_start)
-            text = file.read().decode("utf-8", "replace")
         return [line for line in text.splitlines() if line.strip()][-TAIL_LINES:]
 
 
@@ -183,16 +192,25 @@ class Scheduler:
                 continue
             if held and state.job.weight > self._longest_left():
                 continue
-            needs = [phases.get(path, "done") for path in state.job.needs]
-            trunk = state.job.lacks
-            if trunk is not None:
-                needs.append(phases.get(trunk.path, "done"))
-            if any(phase in ENDED and phase != "done" for phase in needs):
-                if trunk is not None and needs[-1] in ENDED:
-                    state.reason = f"needs step {state.job.start} of {trunk.name}, which is {needs[-1]}"
-                self._end(state, "blocked")
-            elif all(phase == "done" for phase in needs):
-                held |= self._start_if_free(state)
+            try:
+                held |= self._start_if_ready(state, phases)
+                state.unread = None
+            except OSError as error:  # a launcher that cannot look into a folder goes on with the other jobs
+                if error.errno in FULL or self._unreadable(state):
+                    self._not_started(state, error)
+
+    def _start_if_ready(self, state: JobState, phases: Mapping[Path, Phase]) -> bool:
+        """As ``_start_if_free``, once all that it needs is done."""
+        needs = [phases.get(path, "done") for path in state.job.needs]
+        trunk = state.job.lacks
+        if trunk is not None:
+            needs.append(phases.get(trunk.path, "done"))
+        if any(phase in ENDED and phase != "done" for phase in needs):
+            if trunk is not None and needs[-1] in ENDED:
+                state.reason = f"needs step {state.job.start} of {trunk.name}, which is {needs[-1]}"
+            self._end(state, "blocked")
+            return False
+        return all(phase == "done" for phase in needs) and self._start_if_free(state)
 
     def _start_if_free(self, state: JobState) -> bool:
         """Start the job unless all places are taken or another process works on it; whether it waits, as one
@@ -206,32 +224,51 @@ class Scheduler:
         if not free or any(s.job.alone for s in running):
             return False
         status = state.job.folder.status()
-        try:
-            if state.claim is None:
-                state.claim = claim(state.job.folder.path / ".launcher")
-            if state.claim is None or state.job.folder.busy():
-                state.phase = "elsewhere"
-            elif self.patience.given_up(status) or (state.phase == "elsewhere" and recorded == "failed"):
-                state.reason = str(status.get("error", "failed under another launcher"))
-                state.code = int(status.get("exit_code", 1))
-                self._end(state, "failed")
-            elif state.job.alone and running:
-                return True
-            else:
-                self._start(state, free[0])
-        except OSError as error:  # a launcher that cannot write here goes on with the other jobs
-            full = error.errno in FULL
-            state.reason = DISK_FULL if full else f"could not be started: {error}"
-            state.code = REFUSED if full else 1
-            if not self._again(state, None, status):
-                self._end(state, "failed")
+        if state.claim is None:
+            state.claim = claim(state.job.folder.path / ".launcher")
+        elsewhere = state.phase == "elsewhere"
+        if state.claim is None or state.job.folder.busy():
+            state.phase, state.orphan = "elsewhere", state.claim is not None
+        elif self.patience.given_up(status) or (elsewhere and not state.orphan and recorded == "failed"):
+            state.reason = str(status.get("error", "failed under another launcher"))
+            state.code = int(status.get("exit_code", 1))
+            self._end(state, "failed")
+        elif elsewhere and recorded == "failed":
+            state.code = int(status.get("exit_code", 1))
+            self._fail(state, recorded, status)
+        elif state.job.alone and running:
+            return True
+        else:
+            try:
+                self._start(state, min(free, key=self._crowd), status)
+            except OSError as error:
+                self._not_started(state, error)
         return False
+
+    def _crowd(self, place: int) -> int:
+        """How many running jobs have a device of this place."""
+        mine = set(self.slots[place])
+        return sum(not mine.isdisjoint(self.slots[s.slot]) for s in self.states if s.slot is not None)
+
+    def _not_started(self, state: JobState, error: OSError) -> None:
+        full = error.errno in FULL
+        state.reason = DISK_FULL if full else f"could not be started: {error}"
+        state.code = REFUSED if full else 1
+        if not self._again(state, None, {}):
+            self._end(state, "failed")
+
+    @staticmethod
+    def _unreadable(state: JobState) -> bool:
+        """Whether the job's folder, which cannot be read now, could not for too long."""
+        now = time.monotonic()
+        state.unread = state.unread or now
+        return now - state.unread >= UNREAD_SECONDS
 
     def _longest_left(self) -> float:
         """The most FLOPs that a running job has still to do."""
         return max((_left(s.job) for s in self.states if s.process is not None), default=0.0)
 
-    def _start(self, state: JobState, slot: int) -> None:
+    def _start(self, state: JobState, slot: int, status: Mapping[str, Any]) -> None:
         job = state.job
         if not state.prepared:
             write_json(job.folder.path / "launch.json", job.launch)  # before other machines are called
@@ -242,8 +279,8 @@ class Scheduler:
         environment = os.environ | job.environment | more | {HANG: str(self.patience.hang_seconds)}
         if self.slots[slot]:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(self.slots[slot])
-        state.from_scratch = job.folder.status().get("attempt", 0) == 0
-        state.heartbeat = job.folder.status().get("heartbeat")
+        state.from_scratch = status.get("attempt", 0) == 0
+        state.heartbeat = status.get("heartbeat")
         with state.log.open("ab") as log:
             state.log_start = log.tell()
             log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(job.command)}\n".encode())
@@ -258,7 +295,7 @@ class Scheduler:
                 start_new_session=True,
             )
         state.slot, state.phase, state.started = slot, "running", time.time()
-        state.pulse, state.hung = Pulse(), None
+        state.pulse, state.hung, state.unread = Pulse(), None, None
 
     # -- ending --------------------------------------------------------------------------------
 
@@ -275,18 +312,27 @@ class Scheduler:
         """End a job that has not got on for too long."""
         limit = self.patience.hang_seconds
         if state.hung is None and state.pulse.due(limit):
-            silence = state.pulse.silent(state.job.folder.status())
+            try:
+                silence = state.pulse.silent(state.job.folder.status())
+            except OSError:  # which says nothing about the job
+                return
             if silence > limit:
                 state.hung = silence
                 kill(process)
 
     def _collect(self, state: JobState, code: int) -> None:
+        try:
+            status, recorded = state.job.folder.status(), str(state.job.state)
+            busy = state.job.folder.busy()
+        except OSError:
+            if not self._unreadable(state):
+                return
+            status, recorded, busy = {"heartbeat": state.heartbeat}, "silent", False
         state.code = code
         state.seconds = time.time() - (state.started or time.time())
         state.process, state.slot = None, None
-        status = state.job.folder.status()
         fresh = status.get("heartbeat") != state.heartbeat
-        recorded = str(state.job.state) if fresh else "silent"
+        recorded = recorded if fresh else "silent"
         if recorded == "failed" and "exit_code" in status:
             state.code = int(status["exit_code"])  # several processes end with their launcher's own code
         asked = self._stopping and state.code in (-signal.SIGTERM, -signal.SIGINT)
@@ -298,7 +344,7 @@ class Scheduler:
             if recorded != "interrupted":  # while it was still starting
                 self._record(state, "interrupted")
             self._end(state, "interrupted")
-        elif state.code == REFUSED and state.job.folder.busy():
+        elif state.code == REFUSED and busy:
             state.phase = "elsewhere"
         else:
             self._fail(state, recorded, status if fresh else {"state": recorded})
@@ -306,16 +352,20 @@ class Scheduler:
     def _fail(self, state: JobState, recorded: str, status: dict[str, Any]) -> None:
         """Mark it failed, or to be tried again."""
         cause = str(status["cause"]) if recorded == "failed" and "cause" in status else None
-        state.reason = self._why(state, recorded)
+        state.reason = self._why(state, recorded, status)
         if cause is None and _full(state.job.folder.path):
             cause, state.reason, state.code = "disk", DISK_FULL, REFUSED
         if cause is None:
             cause = "hung" if state.hung else "killed" if state.code and state.code < 0 else None
+        before = state.tries.count
         if self._again(state, cause, status):
+            if cause != "diverged":  # which the next attempt is to find in its status
+                self._record(state, "waiting", error=f"{state.reason}; to be tried again")
             return
-        if state.tries.count > 1:
+        often = state.tries.count > max(1, before)  # not only failures before this one
+        if often:
             state.reason += f" ({state.tries.count} times, no further each time)"
-        if recorded != "failed" or state.tries.count > 1:
+        if recorded != "failed" or often:
             more = {} if cause is None else {"cause": cause}
             self._record(state, "failed", error=state.reason, exit_code=state.code, **more)
         self._end(state, "failed")
@@ -326,8 +376,6 @@ class Scheduler:
         if pause is None or self._stopping:
             return False
         state.not_before, state.phase = time.monotonic() + pause, "waiting"
-        if cause != "diverged":  # which the next attempt is to find in its status
-            self._record(state, "waiting", error=f"{state.reason}; to be tried again")
         return True
 
     @staticmethod
@@ -343,7 +391,7 @@ class Scheduler:
             state.claim = None
 
     @staticmethod
-    def _why(state: JobState, recorded: str) -> str:
+    def _why(state: JobState, recorded: str, status: Mapping[str, Any]) -> str:
         tail = state.log_tail()
         if state.hung is not None:
             return f"made no progress for {state.hung:.0f} s and was ended"
@@ -351,7 +399,9 @@ class Scheduler:
             hint = " (out of memory?)" if -state.code == signal.SIGKILL else ""
             return f"killed by {signal.Signals(-state.code).name}{hint}"
         if recorded == "failed":
-            return str(state.job.folder.status().get("error", f"exit code {state.code}"))
+            return str(status.get("error", f"exit code {state.code}"))
+        if state.unread is not None:
+            return f"its folder could not be read for {UNREAD_SECONDS:.0f} s after it ended"
         if state.code == 0:
             return f"ended without leaving {state.job.product}"
         return tail[-1] if tail else f"exit code {state.code}, and nothing in the log"
@@ -375,7 +425,7 @@ class Scheduler:
         """Ask once; a signal clearly later than the first one (no echo of it) kills."""
         if self._signals[-1] - self._signals[0] > SAME_SIGNAL_SECONDS:
             for state in self.states:
-                if state.process is not None:
+                if state.process is not None and state.process.poll() is None:
                     kill(state.process)
         elif not self._stopping:
             self._ask_all_to_leave()
@@ -383,7 +433,7 @@ class Scheduler:
 
     def _ask_all_to_leave(self) -> None:
         for state in self.states:
-            if state.process is not None:
+            if state.process is not None and state.process.poll() is None:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(state.process.pid, signal.SIGTERM)
 
@@ -398,7 +448,10 @@ class Scheduler:
 
 def _left(job: Job) -> float:
     """FLOPs that it has still to do, as far as its status says."""
-    status = job.folder.status()
+    try:
+        status = job.folder.status()
+    except OSError:
+        return job.weight
     total = status.get("total_steps")
     if not total or total <= job.start:
         return job.weight
