@@ -29,6 +29,7 @@ from sweeps.machine import allot, this_machine
 from sweeps.meeting import Follower, Leader
 from sweeps.patience import Patience
 from sweeps.plan import Plan, Stated, chosen_per_gpu, make_plan, stage_of, stage_threads
+from sweeps.presence import present
 from sweeps.probes import probe_machine
 from sweeps.progress import Progress
 from sweeps.recipe import Recipe
@@ -185,7 +186,7 @@ def launch(made: Plan, jobs: Sequence[Job], check_data: CheckData) -> Result:
     if all(state.phase == "done" for state in scheduler.states):
         out.print("everything is done already; nothing to train")
         return Result(tuple(scheduler.states), interrupted=False)
-    with display:
+    with present(made.folders.sweep), display:
         result = _lead(made, scheduler, out)
     wall = time.monotonic() - started
     with contextlib.suppress(OSError):  # a folder that cannot be read now; the report is still to come
@@ -256,7 +257,7 @@ def show_status(sweep: Path, as_json: bool, live: bool, make_forecasts: MakeFore
     """
     if as_json:
         require(not live, "--watch is for a terminal; --json is read once")
-        seen = _seen(sweep)
+        seen = _seen(sweep) or {}
         print(json.dumps({name: _status(folder, seen) for name, folder in sweep_folders(sweep)}, indent=1))
         return 0
     out = console()
@@ -272,14 +273,14 @@ def show_status(sweep: Path, as_json: bool, live: bool, make_forecasts: MakeFore
     return 0
 
 
-def _seen(sweep: Path) -> dict[Path, Seen]:
-    """What Slurm says of the sweep's jobs; nothing where none was handed to it."""
+def _seen(sweep: Path) -> dict[Path, Seen] | None:
+    """What Slurm says of the sweep's jobs; nothing where none was handed to it, None without an answer."""
     folders = {folder.path for _, folder in sweep_folders(sweep)}
     try:
         return slurm.look(sweep.parent, folders)
     except RecordsError as error:  # what the folders say is worth showing all the same
         print(f"note: {error}", file=sys.stderr)
-        return {}
+        return None
 
 
 def _status(folder: RunFolder, seen: Mapping[Path, Seen]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from scaling.records import RecordsError, RunFolder, read_json
 from sweeps.fold import Line, folded
 from sweeps.forecasts import Forecasts, MakeForecasts, Point, point_of, surprises
 from sweeps.packing import makespan
+from sweeps.presence import anyone
 from sweeps.slurm_queue import Seen, standing
 from sweeps.tables import duration, forecast_text, number, short_names, sweep_folders
 from sweeps.trunks import shares, start_of
@@ -113,12 +114,16 @@ class SweepStatus:
     sweep: Path
     jobs: tuple[Standing, ...]
     forecasts: Forecasts | None
+    led: bool
+    """Whether a launcher has it in hand, or nobody knows whether Slurm has."""
 
     @property
     def over(self) -> bool:
-        """Whether nothing works on the sweep and nothing is left that could be."""
+        """Whether nothing works on the sweep, or is going to: jobs that wait then wait for nobody."""
         return not any(
-            job.alive or job.status["state"] == "waiting" or (job.seen is not None and job.seen.active)
+            job.alive
+            or (job.status["state"] == "waiting" and self.led)
+            or (job.seen is not None and job.seen.active)
             for job in self.jobs
         )
 
@@ -201,12 +206,13 @@ def read_status(
     """How a sweep stands.
 
     Args:
-        seen: what Slurm says of a job, by its folder, if any was handed to it.
+        seen: what Slurm says of a job, by its folder, if any was handed to it; None where it was not asked,
+            or gave no answer.
 
     Raises:
         RecordsError: the sweep was not started yet, or a file is damaged.
     """
-    jobs = []
+    jobs, led = [], seen is None or anyone(sweep)  # before the jobs: what it does last is to be seen too
     for name, folder in sweep_folders(sweep):
         status, of_slurm = folder.status(), (seen or {}).get(folder.path)
         whole = status["state"] == "running" and _whole(folder)
@@ -216,14 +222,14 @@ def read_status(
     if make_forecasts is not None:
         points = {job.name: point_of(job.config) for job in jobs if job.config is not None}
         forecasts = make_forecasts(sweep, points) if _done(jobs) else None
-    return SweepStatus(sweep, tuple(jobs), forecasts)
+    return SweepStatus(sweep, tuple(jobs), forecasts, led)
 
 
 def watch(
     sweep: Path,
     make_forecasts: MakeForecasts,
     out: Console,
-    look: Callable[[Path], Mapping[Path, Seen]] = lambda sweep: {},
+    look: Callable[[Path], Mapping[Path, Seen] | None] = lambda sweep: {},
 ) -> None:
     """Show the sweep until nothing is left to wait for, or Ctrl-C.
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import io
+import subprocess
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,8 +16,11 @@ from scaling.flops import spent
 from sweeps import commands, status
 from sweeps.forecasts import Point
 from sweeps.plan import Plan
+from sweeps.presence import anyone, present
+from sweeps.slurm_queue import Seen
 from sweeps.status import STALE_SECONDS, SweepStatus, read_status
 from sweeps.tables import duration
+from tests.sweeps.fake_sweep import REPOSITORY
 from tests.sweeps.test_plan import finish, planned
 
 
@@ -177,3 +182,37 @@ def test_ctrl_c_leaves_the_watch_and_not_the_sweep(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(commands, "console", lambda: screen)
     assert commands.show_status(plan.folders.sweep, False, True, lambda sweep, points: Table({})) == 0
     assert plan.jobs[3].folder.status()["state"] == "running"
+
+
+def test_what_waits_for_nobody_is_missing(tmp_path: Path) -> None:
+    """A job was given up, its launcher has left or was killed; the rest will not begin by itself."""
+    plan = started(tmp_path)
+    plan.jobs[3].folder.set_status("failed", error="killed by SIGKILL", cause="killed")
+    waiting = [job.name for job in plan.jobs[4:]]
+    with present(plan.folders.sweep):
+        with present(plan.folders.sweep):
+            assert not read_status(plan.folders.sweep, seen={}).over, "two launchers"
+        assert not read_status(plan.folders.sweep, seen={}).over, "one of them has left"
+    found = read_status(plan.folders.sweep, seen={})
+    assert found.over
+    (missing,) = [word for word in found.words() if word.startswith("missing: ")]
+    assert all(f"{name} (waiting)" in missing for name in waiting)
+    assert f"{plan.jobs[3].name} (failed)" in missing
+    assert not read_status(plan.folders.sweep, seen=None).over, "Slurm gave no answer"
+    queued = {plan.jobs[4].folder.path: Seen("7_0", "PENDING")}
+    assert not read_status(plan.folders.sweep, seen=queued).over
+
+
+def test_a_launcher_that_is_killed_is_present_no_more(tmp_path: Path) -> None:
+    code = "import sys, time, pathlib; from sweeps.presence import present\n"
+    code += "with present(pathlib.Path(sys.argv[1])):\n    print('here', flush=True); time.sleep(600)"
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=REPOSITORY
+    )
+    assert launcher.stdout is not None
+    assert launcher.stdout.readline() == "here\n"
+    assert anyone(tmp_path)
+    launcher.kill()
+    launcher.wait()
+    assert not anyone(tmp_path)
+    assert not anyone(tmp_path / "never started")
