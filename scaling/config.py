@@ -311,6 +311,11 @@ def decay_start(train: TrainConfig, total_steps: int) -> int:
     return total_steps - max(1, round(train.decay * total_steps))
 
 
+MOST_POINTS = 1000
+LATEST_FIRST = 0.9
+"""Bounds of evaluations, far beyond what a curve needs."""
+
+
 @dataclass(frozen=True)
 class EvaluationConfig:
     """When and on what a run is evaluated."""
@@ -331,12 +336,19 @@ class EvaluationConfig:
             all(0 < share < 1 for share in shares) and list(shares) == sorted(set(shares)),
             f"evaluation.snapshots are growing shares of training, above 0 and below 1, got {list(shares)}",
         )
-        require(self.points >= 1, f"evaluation.points must be at least 1, got {self.points}")
+        require(
+            1 <= self.points <= MOST_POINTS,
+            f"evaluation.points must be 1 to {MOST_POINTS}, got {self.points}",
+        )
         require(
             self.images is None or self.images >= 1,
             f"evaluation.images must be at least 1, got {self.images}",
         )
-        require(0 < self.first <= 1, f"evaluation.first must be in (0, 1], got {self.first}")
+        # Just below 1 the points of wsd, whose number follows from their spacing, would be without number.
+        require(
+            0 < self.first <= LATEST_FIRST or self.first == 1,
+            f"evaluation.first must be above 0 and at most {LATEST_FIRST}, or 1, got {self.first}",
+        )
 
 
 def check_tokens(model: ModelConfig, tokenizer: TokenizerConfig) -> None:

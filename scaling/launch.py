@@ -123,6 +123,10 @@ class LaunchConfig:
         for name in ("threads", "runs_at_once", "runs_per_gpu"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"launch.{name} must be at least 1, got {value}")
+        require(
+            self.checkpoint_seconds >= 0,
+            f"launch.checkpoint_seconds must not be negative, got {self.checkpoint_seconds}",
+        )
         require(self.retries >= 0, f"launch.retries must not be negative, got {self.retries}")
         require(
             self.retry_seconds >= 0, f"launch.retry_seconds must not be negative, got {self.retry_seconds}"

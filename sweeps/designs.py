@@ -24,6 +24,8 @@ Settings = Mapping[str, Any]
 VARIED = ("train", "model", "tokenizer", "tokenizer_train", "evaluation")
 """Sections of a recipe whose values may differ between runs."""
 LENGTHS = ("steps", "epochs", "tokens")
+STEEPEST = 10
+"""Of ``lr_rule``: far beyond any that was found (0 to 1), and no learning rate overflows."""
 AMPLE = 10**9
 """Steps of a run whose length is not known yet: whatever is counted in steps fits."""
 
@@ -38,6 +40,9 @@ class LrRule:
     """The depth whose rate ``train.lr`` is."""
 
     def __post_init__(self) -> None:
+        require(
+            abs(self.power) <= STEEPEST, f"lr_rule.power must be -{STEEPEST} to {STEEPEST}, got {self.power}"
+        )
         require(self.depth >= 1, f"lr_rule.depth must be at least 1, got {self.depth}")
 
     def apply(self, train: TrainConfig, depth: int) -> TrainConfig:

@@ -1,4 +1,4 @@
-"""Whether a launcher is at work on a sweep: each holds a shared lock there, which the system frees on any death.
+"""Whether a launcher is at work on a sweep: each holds a shared lock, which the system frees on any death.
 
 A job that waits says nothing about that: its launcher may be between two jobs, or gone.
 """

@@ -96,6 +96,8 @@ def read_source(file: Path) -> Source:
         mark = error.problem_mark or error.context_mark
         where = f"{file}, line {mark.line + 1}" if mark else f"{file}"
         raise ConfigError(f"{where}: not valid YAML ({error.problem or error.context})") from None
+    except RecursionError:
+        raise ConfigError(f"{file}: brackets within brackets, too deep to be a recipe") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{file}: not valid YAML ({' '.join(str(error).split())})") from None
     return source
@@ -129,3 +131,6 @@ def _plain(loader: yaml.SafeLoader, node: yaml.Node, path: Keys, source: Source,
         return loader.construct_object(node)
     except ValueError as error:  # such as the date 2024-13-45
         raise ConfigError(f"{source.file}, line {line}: {error}") from None
+    except (KeyError, AttributeError):  # how the loader meets a word that its tag has no value for
+        kind = node.tag.rpartition(":")[2]
+        raise ConfigError(f"{source.file}, line {line}: {node.value!r} is no {kind}") from None

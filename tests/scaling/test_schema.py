@@ -120,7 +120,7 @@ def test_parts_that_do_not_fit_are_refused(change: dict[str, Any], message: str)
 
 
 @given(
-    total=st.integers(1, 100_000), points=st.integers(1, 100), first=st.floats(1e-4, 1.0)
+    total=st.integers(1, 100_000), points=st.integers(1, 100), first=st.floats(1e-4, 0.9) | st.just(1.0)
 )  # fmt: skip
 def test_evaluations_are_evenly_spaced_in_log_flops(total: int, points: int, first: float) -> None:
     config = dataclasses.replace(

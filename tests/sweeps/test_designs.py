@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rich.console import Console
 
 from scaling import flops
-from scaling.config import ConfigError, RunConfig
+from scaling.config import LATEST_FIRST, MOST_POINTS, ConfigError, EvaluationConfig, RunConfig
 from scaling.records import RunFolder
 from sweeps.devices import DEVICES
 from sweeps.jobs import Job
@@ -161,6 +163,13 @@ def test_rates_follow_the_width(tmp_path: Path) -> None:
         ),
         ("lr_rule: {power: 0.5}", 9, "missing key 'depth'"),
         ("lr_rule: {power: 0.5, depth: 0}", 9, "lr_rule.depth must be at least 1, got 0"),
+        ("lr_rule: {power: 5000, depth: 2}", 9, "lr_rule.power must be -10 to 10, got 5000"),
+        ("lr_rule: {power: -5000, depth: 2}", 9, "lr_rule.power must be -10 to 10, got -5000"),
+        ("evaluation: {first: 0.999999}", 9, "evaluation.first must be above 0 and at most 0.9, or 1"),
+        ("evaluation: {points: 100000000}", 9, "evaluation.points must be 1 to 1000, got 100000000"),
+        ("launch: {checkpoint_seconds: -5}", 9, "launch.checkpoint_seconds must not be negative, got -5"),
+        ('seeds: [!!bool "abc"]', 9, "'abc' is no bool"),
+        ('seeds: [!!timestamp "abc"]', 9, "'abc' is no timestamp"),
     ],
 )  # fmt: skip
 def test_every_mistake_is_told_with_file_and_line(tmp_path: Path, text: str, line: int, message: str) -> None:
@@ -169,6 +178,28 @@ def test_every_mistake_is_told_with_file_and_line(tmp_path: Path, text: str, lin
     assert f"study.yaml, line {line}" in str(caught.value)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_recipe_of_brackets_is_told_in_a_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"study\.yaml: brackets within brackets") as caught:
+        recipe(tmp_path, RECIPE + "launch: " + "[" * 20000 + "]" * 20000 + "\n")
+    assert "\n" not in str(caught.value)
+
+
+@given(
+    st.integers(1, MOST_POINTS), st.floats(1e-6, LATEST_FIRST) | st.just(1.0),
+    st.sampled_from(["cos", "wsd"]),
+)  # fmt: skip
+@settings(deadline=None, max_examples=30)
+def test_evaluations_are_growing_steps_up_to_the_last(points: int, first: float, schedule: str) -> None:
+    config = load_recipe("wsd-cpu" if schedule == "wsd" else "quickstart")
+    data = dataclasses.replace(config.data, num_classes=9)
+    run = config.runs(data)[0]
+    chosen = EvaluationConfig(points=points, first=first)
+    steps = dataclasses.replace(run, evaluation=chosen).eval_steps
+    assert list(steps) == sorted(set(steps))
+    assert steps[-1] == run.total_steps
+    assert steps[0] >= 1
 
 
 @pytest.mark.parametrize(
