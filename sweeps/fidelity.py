@@ -14,12 +14,13 @@ from rich.table import Table
 
 from scaling.config import LaunchConfig, content_hash, to_dict
 from scaling.records import RecordsError, RunFolder, read_json
+from sweeps.attempts import REFUSED
 from sweeps.commands import console, tell
 from sweeps.jobs import PRODUCTS, Job, command, prepare, process_environment
 from sweeps.machine import allot, this_machine
 from sweeps.plan import stage_threads
 from sweeps.progress import Progress
-from sweeps.scheduler import REFUSED, Result, Scheduler
+from sweeps.scheduler import Result, Scheduler
 from sweeps.where import Selection
 
 if TYPE_CHECKING:

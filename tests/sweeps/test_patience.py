@@ -17,7 +17,7 @@ import pytest
 
 from scaling.config import ConfigError, LaunchConfig
 from scaling.records import RunFolder
-from sweeps import patience, scheduler
+from sweeps import attempts, patience, scheduler
 from sweeps.patience import Patience, Pulse, Tries
 from sweeps.scheduler import JobState, Result, Scheduler
 from tests.sweeps.fake_sweep import fake_job
@@ -220,14 +220,18 @@ def test_a_file_system_that_fails_for_a_moment_costs_a_try(
 
     monkeypatch.setattr(scheduler, "write_json", stale)
     result = launched(fake_job(tmp_path, "a"))
-    assert (phases(result), starts(tmp_path, "a"), result.states[0].tries.count) == ({"a": "done"}, 1, 2)
+    assert (phases(result), starts(tmp_path, "a"), result.states[0].attempts.tries.count) == (
+        {"a": "done"},
+        1,
+        2,
+    )
 
 
 def test_a_job_that_could_not_even_say_that_the_disk_is_full_is_not_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used = type("Usage", (), {"free": 0})
-    monkeypatch.setattr(scheduler.shutil, "disk_usage", lambda path: used)
+    monkeypatch.setattr(attempts.shutil, "disk_usage", lambda path: used)
     result = launched(fake_job(tmp_path, "a", behaviour="--empty"))
     assert result.failed[0].reason.startswith("the disk is full")
     assert (starts(tmp_path, "a"), result.exit_code) == (1, 2)
@@ -242,7 +246,7 @@ def test_an_alone_job_that_comes_late_waits_for_no_run_that_has_not_begun(tmp_pa
 
     def watch(states: Sequence[JobState]) -> None:
         for state in states:
-            mark = f"{state.job.name}{state.tries.count}"
+            mark = f"{state.job.name}{state.attempts.tries.count}"
             if state.process is not None and mark not in order:
                 order.append(mark)
 
