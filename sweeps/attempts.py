@@ -154,7 +154,8 @@ class Attempts:
             return str(status.get("error", f"exit code {code}"))
         if code == DONE:
             return f"ended without leaving {self.product}"
-        tail = [line for line in self.log_tail() if not line.startswith(self.aside)]
+        lines = self.log_tail()
+        tail = [line for line in lines if not line.startswith(self.aside)] or lines
         return tail[-1] if tail else f"exit code {code}, and nothing in the log"
 
 

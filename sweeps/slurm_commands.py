@@ -104,7 +104,7 @@ def show_plan(made: Plan, as_json: bool, check_data: CheckData, options: SlurmOp
     What is in Slurm's hands already is not asked for: ``run`` would leave it out.
     """
     sweep, asked = made.folders.sweep, requests(made, options)
-    jobs = slurm.missing(after_trunks(recheck_tokens(made.jobs)), set())
+    jobs = slurm.missing(after_trunks(recheck_tokens(made.jobs)), set(), made.recipe.launch)
     ids: dict[Path, str] = {}
     calls: list[dict[str, Any]] = []
     for number, group in enumerate(slurm.groups(jobs, asked, options.array_limit), 1):
@@ -160,13 +160,15 @@ def submit(made: Plan, check_data: CheckData, options: SlurmOptions, wait: bool)
     states = [JobState(job) for job in jobs]
     planned = slurm.PlannedOn(made.machine.name, len(made.allotment.slots), made.allotment.threads)
     asked, launch = requests(made, options), made.recipe.launch
-    slurm.submit(sweep, jobs, asked, launch, planned, options, lambda text: commands.say(out, text))
+    has = slurm.submit(sweep, jobs, asked, launch, planned, options, lambda text: commands.say(out, text))
     if wait:
         return _wait(made, states, out)
     commands.say(
         out,
         "Slurm has it: 'status' shows how it goes on, 'cancel' ends it, and the same command hands over "
-        "again what has failed, and writes the report when all is done",
+        "again what has failed, and writes the report when all is done"
+        if has
+        else "nothing was queued: what is missing has diverged, or starts from a run that has",
     )
     return Result(tuple(states), interrupted=False)
 
@@ -188,6 +190,7 @@ def _wait(made: Plan, states: list[JobState], out: Console) -> Result:
     except KeyboardInterrupt:
         commands.say(out, "no longer watching; the jobs stay in Slurm's hands ('cancel' ends them)")
         return Result(tuple(states), interrupted=True)
+    clear(made.run_jobs)
     result = Result(tuple(states), interrupted=False)
     commands.tell(result, out)
     commands.tell_unreadable(made, out)
