@@ -115,6 +115,8 @@ class ImageSpeed:
     points: int = 0
     settings: Settings | None = None
     quantizer: Literal["residual", "scalable"] = "residual"
+    host_memory: int | None = None
+    """Peak bytes of one process in main memory."""
 
 
 @dataclass(frozen=True)
@@ -204,6 +206,19 @@ class Calibration:
                 seconds = job_images(job, config) / known.images_per_second + known.other_seconds
                 same = known.settings == image_settings(job, config, launch)
                 return Estimate(seconds, (), same, same)
+        return None
+
+    def image_memory(
+        self, job: str, config: TokenizerRunConfig, machine: Machine, launch: LaunchConfig
+    ) -> int | None:
+        """Peak bytes in main memory of one process of a tokenizer or token job; None when none just like it
+        was measured on this device."""
+        wanted = (job, machine.name, launch.processes, image_precision(job, config), image_shape(config))
+        settings = image_settings(job, config, launch)
+        for known in self.images:
+            found = (known.job, known.device, known.processes, known.precision, known.shape)
+            if (*found, known.quantizer, known.settings) == (*wanted, config.tokenizer.quantizer, settings):
+                return known.host_memory
         return None
 
 
@@ -301,7 +316,7 @@ def replace_all(speeds: Sequence[RunSpeed | ImageSpeed]) -> None:
 
 MEASURED = (
     *("flops_per_second", "evaluation_flops_per_second", "images_per_second", "other_seconds"),
-    *("checkpoint_seconds", "closed_memory", "peak_memory", "points", "settings"),
+    *("checkpoint_seconds", "closed_memory", "peak_memory", "host_memory", "points", "settings"),
 )
 """Fields of an entry that say what was measured, not of what."""
 
@@ -412,6 +427,7 @@ def measure_images(
         len(logged),
         image_settings(job, config, launch),
         config.tokenizer.quantizer,
+        folder.status().get("host_memory"),
     )
 
 
