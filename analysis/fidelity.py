@@ -5,8 +5,8 @@
 - They compare only when measured alike (``Protocol``): the same feature extractor, number of images,
   reference, and number of images that precision and recall are of. The bias of FID alone falls with the
   number of images, and each extractor has its own scale.
-- How pictures were drawn (guidance, top-k, top-p) belongs to a measurement too; each way is told apart. Of
-  several draws with other seeds the mean is shown, with their number.
+- How pictures were drawn (guidance, top-k, top-p, precision) belongs to a measurement too; each way is told
+  apart. Of several draws with other seeds the mean is shown, with their number.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 METRICS = ("fid", "is", "is_std", "precision", "recall")
 PLACES = ("step", "tokens", "flops", "params")
-SAMPLING = ("guidance", "guidance_form", "top_k", "top_p")
+SAMPLING = ("guidance", "guidance_form", "top_k", "top_p", "drawn_in")
 PROTOCOL = ("extractor", "images", "reference", "manifold_images")
 DRAWS = "draws"
 """Seeds that the pictures of one measurement were drawn with, which is the mean over them."""
@@ -111,6 +111,7 @@ def _lines(folder: Path, run: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     for record in sorted(RunFolder(folder).metrics("fidelity"), key=lambda r: r.get("step", 0)):
         values = {key: record[key] for key in COLUMNS if key in record}
         values["manifold_images"] = values.get("manifold_images") or 0
+        values.setdefault("drawn_in", "fp32")
         if missing := [key for key in COLUMNS if key not in (*values, *facts, *OPTIONAL)]:
             raise RecordsError(
                 f"{file}: the fidelity line at step {record.get('step')} lacks {', '.join(missing)}"
@@ -141,7 +142,8 @@ def drawn(frame: pd.DataFrame) -> pd.DataFrame:
 
 def drawing(setting: Sequence[Any]) -> str:
     """A way of drawing pictures in words."""
-    guidance, form, top_k, top_p = setting
+    guidance, form, top_k, top_p, drawn_in = setting
     parts = [f"guidance {guidance:g}" + (f" ({form})" if guidance > 0 else "")]
+    parts += [str(drawn_in)] * (drawn_in != "fp32")
     parts += [f"top-k {top_k:g}"] * (top_k > 0) + [f"top-p {top_p:g}"] * (top_p > 0)
     return ", ".join(parts)

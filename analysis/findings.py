@@ -90,8 +90,8 @@ def _bounds(interval: tuple[float, float] | str) -> str:
 
 
 def _n(value: float) -> str:
-    """Four decimals, with a true minus sign."""
-    return f"{value:.4f}".replace("-", "−")
+    """Four decimals, or two digits of what is far off, with a true minus sign."""
+    return (f"{value:.4f}" if abs(value) < 100 else f"{value:.2g}").replace("-", "−")
 
 
 def sentences(study: Study) -> list[str]:

@@ -19,7 +19,16 @@ from html import escape
 from pathlib import Path
 from typing import Any, Literal
 
-from analysis import families, family_plots, fidelity, findings, plots, report_pictures, report_tables
+from analysis import (
+    families,
+    family_plots,
+    fidelity,
+    findings,
+    grid_plots,
+    plots,
+    report_pictures,
+    report_tables,
+)
 from analysis.families import Families
 from analysis.family_pairs import QUANTITY
 from analysis.fidelity import Protocol
@@ -246,6 +255,14 @@ def _figures(study: Study) -> Figures:
                 "what the run reached.",
                 partial(plots.forecast_figure, study.final(quantity), quantity, named),
             )
+    for grid in study.grids:
+        if grid.surface is not None:
+            yield (
+                f"{grid.quantity}_vs_tokens",
+                "Final validation value of every finished run against the tokens it saw, and the surface "
+                "over N and D at each size.",
+                partial(grid_plots.surface_figure, study.gridded(grid.quantity), grid),
+            )
     for quantity in ("loss_avg", "loss_last"):
         good = frame[usable(frame, quantity)]
         if len(good):
@@ -288,6 +305,7 @@ def _groups(drawn: dict[str, dict[str, Any]], prefix: str) -> dict[str, list[str
         part: [n for n in drawn if n.endswith(ending) and n.removesuffix(ending) in known]
         for part, ending in (
             ("size", "_vs_params"), ("compute", "_vs_compute"), ("forecast", "_forecast"),
+            ("grid", "_vs_tokens"),
             ("curves", "_curves"), ("scale", "_by_scale"),
         )
     }  # fmt: skip

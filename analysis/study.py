@@ -158,9 +158,13 @@ class Study:
         """The losses over N and D; none where no depth has several training lengths."""
         if not has_lengths(self.finished):
             return ()
-        best, _ = of_best_settings(self.finished, *_settings_of(self.sweep, self.runs))
         budgets = bool(_recipe(self.sweep).get("budgets"))
-        return tuple(fit_grid(best[usable(best, q)], q, self.flops, budgets) for q in GRIDDED)
+        return tuple(fit_grid(self.gridded(q), q, self.flops, budgets) for q in GRIDDED)
+
+    def gridded(self, quantity: str) -> pd.DataFrame:
+        """The runs that a surface of ``quantity`` is fitted to, by their last evaluation."""
+        best, _ = of_best_settings(self.finished, *_settings_of(self.sweep, self.runs))
+        return best[usable(best, quantity)]
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, with null where a number is not finite: the family's part of ``fits.json``."""

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from scaling.config import FLEXIBLE, ConfigError, ModelConfig, SamplingConfig, require
 from scaling.families.interface import FamilyModel
-from scaling.generation import Forced, sample_tokens
+from scaling.generation import Forced, draw_tokens
 from scaling.masks import drawn_tokens, filled
 from scaling.steps import proportional_sizes
 from scaling.tokenizer.quantizer import Size
@@ -193,14 +193,12 @@ def _draw(
     for start in range(0, B * N, batch):
         rows = torch.arange(start, min(start + batch, B * N), device=labels_B.device)
         which = rows // N
-        tokens_bL, latent_bCHW = sample_tokens(
-            model, tokenizer.quantize, labels_B[which], [sampling.seed + int(row) % N for row in rows],
-            guidance=sampling.guidance, guidance_form=sampling.guidance_form,
-            top_k=sampling.top_k, top_p=sampling.top_p, sizes=steps,
-            forced=Forced(forced.tokens_BL[which], forced.keep_BL[which]),
+        tokens_bL, images_b3HW = draw_tokens(
+            model, tokenizer, labels_B[which], [sampling.seed + int(row) % N for row in rows], sampling,
+            sizes=steps, forced=Forced(forced.tokens_BL[which], forced.keep_BL[which]),
         )  # fmt: skip
         tokens.append(tokens_bL)
-        images.append(tokenizer.decode_features(latent_bCHW).clamp(-1, 1))
+        images.append(images_b3HW)
     return Edited(
         candidates=torch.cat(images).unflatten(0, (B, N)),
         tokens=torch.cat(tokens).unflatten(0, (B, N)),

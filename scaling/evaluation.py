@@ -89,7 +89,7 @@ def evaluate(
     columns = token_columns(cached, scales)
     objective = Objective(family_model(model))
 
-    def measured(indices: np.ndarray) -> np.ndarray:
+    def measured(indices: np.ndarray) -> Tensor:
         rows_BL = split.tokens(indices, np.zeros_like(indices))[:, columns]
         tokens_BL = torch.from_numpy(rows_BL.astype(np.int64))
         tokens_BL = tokens_BL.to(accelerator.device)
@@ -97,13 +97,11 @@ def evaluate(
         with accelerator.autocast():
             given = inputs(quantizer, tokens_BL, config.sizes)
             _, loss_BL, wrong_BL = objective(labels_B, given, tokens_BL, sizes=config.sizes)
-        both = torch.stack([per_scale(loss_BL, scales), per_scale(wrong_BL, scales)], dim=1)
-        found: np.ndarray = both.double().cpu().numpy()
-        return found
+        return torch.stack([per_scale(loss_BL, scales), per_scale(wrong_BL, scales)], dim=1).double()
 
     training = model.training
     model.eval()
-    rows: list[np.ndarray] = []
+    rows: list[Tensor] = []  # on the device until the end, so that no batch waits for the one before
     done = 0
     while done < len(mine):
         on_batch()
@@ -119,7 +117,7 @@ def evaluate(
             continue
         release()  # not while the error, which holds the tensors, is handled
     model.train(training)
-    own = np.concatenate(rows) if rows else np.zeros((0, 2, len(scales)))
+    own = torch.cat(rows).cpu().numpy() if rows else np.zeros((0, 2, len(scales)))
     everyone = gather_object([(rank, own)]) if world > 1 else [(0, own)]
     result = np.empty((count, 2, len(scales)))
     for other, values in everyone:

@@ -4,8 +4,8 @@
   ``constant`` keeps it (LlamaGen, whose cfg is 1 + t). 0 runs without the unconditional half.
 - FlexVAR as published: beyond the trained number of steps the ramp goes on above 1; steps larger than those
   trained on have the full weight, and their most likely tokens.
-- Every image has its own generator on the CPU, so its picture does not depend on the batch it is drawn in
-  or on the device's random numbers.
+- Every image has its own seed, and its picture does not depend on the batch it is drawn in or on the device's
+  random numbers (``scaling.drawing``).
 - Tokens can be forced, at every step, to what is known of an image (``Forced``).
 
 Shapes: B images, L tokens (l of one chunk), V vocabulary, C latent channels; sizes are (h, w).
@@ -13,18 +13,21 @@ Shapes: B images, L tokens (l of one chunk), V vocabulary, C latent channels; si
 
 from __future__ import annotations
 
-import math
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from scaling.config import FLEXIBLE, ModelConfig, SamplingConfig, require
+from scaling.drawing import SMOOTHING, draw, keep_top
 from scaling.families.interface import FamilyModel
 from scaling.families.registry import FAMILIES
+from scaling.layers.linear import half_weights
+from scaling.noise import gumbel
 from scaling.pictures import image_grid
 from scaling.tokenizer.quantizer import Quantizer, Size
 from scaling.tokenizer.vqvae import Tokenizer
@@ -34,44 +37,6 @@ SMOOTHEST, SHARPEST = 0.27, 0.005
 ROWS_PER_THREAD = 1024
 """On a CPU so many tokens at once and thread: what a layer holds of them stays in the caches, and is memory
 used again where larger tensors come fresh from the system each time, page by page."""
-
-
-def keep_top(logits_BlV: Tensor, top_k: int = 0, top_p: float = 0.0) -> Tensor:
-    """Logits with everything outside the top k and, among them, the nucleus p set to −∞; 0 keeps all.
-
-    The nucleus is the smallest set of most likely tokens whose probability reaches p.
-    """
-    vocab = logits_BlV.shape[-1]
-    if top_k == 0 and top_p == 0:
-        return logits_BlV
-    # Only the k most likely are sorted, and the nucleus is sought among them.
-    values_Blk = logits_BlV.topk(min(top_k or vocab, vocab), dim=-1).values
-    bound_Bl1 = values_Blk[..., -1:]
-    if top_p > 0:
-        ascending_Blk = values_Blk.flip(-1)
-        outside_Blk = ascending_Blk.softmax(dim=-1).cumsum(dim=-1) <= 1 - top_p
-        outside_Blk[..., -1] = False
-        bound_Bl1 = ascending_Blk.gather(-1, outside_Blk.sum(dim=-1, keepdim=True))
-    return logits_BlV.masked_fill(logits_BlV < bound_Bl1, -math.inf)
-
-
-def draw(logits_BlV: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-    """One token id per position, (B, l), image b from its own generator.
-
-    The Gumbel race: the argmax of log p + Gumbel noise is distributed as p.
-    """
-    return (logits_BlV.float() + gumbel_noise(logits_BlV, generators)).argmax(dim=-1)
-
-
-def gumbel_noise(like_BlV: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-    """Standard Gumbel noise, fp32, image b's from its own generator on the CPU: −log(−log u).
-
-    u has 24 bits and may be 0, whose noise is −∞ and never wins; it is never 1, which always would.
-    """
-    noise_BlV = torch.empty(like_BlV.shape)
-    for noise_lV, generator in zip(noise_BlV, generators, strict=True):
-        noise_lV.uniform_(generator=generator)
-    return noise_BlV.log_().neg_().log_().neg_().to(like_BlV.device)
 
 
 @dataclass(frozen=True)
@@ -124,7 +89,6 @@ def sample_tokens(
         guidance, family.guidance or guidance_form, top_k, top_p, smooth,
         largest=config.scales[-1] if largest is None else largest,
     )  # fmt: skip
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     together = batch
     if labels_B.device.type == "cpu":
         rows = max(model.chunks(steps)) * (2 if guidance > 0 else 1)
@@ -134,7 +98,7 @@ def sample_tokens(
         part = slice(start, start + together)
         known = None if forced is None else Forced(forced.tokens_BL[part], forced.keep_BL[part])
         tokens_bL, latent_bCHW = _sample_together(
-            model, quantizer, labels_B[part], generators[part], steps, choice, known
+            model, quantizer, labels_B[part], seeds[part], steps, choice, known
         )
         tokens.append(tokens_bL)
         latents.append(latent_bCHW)
@@ -157,7 +121,7 @@ def _sample_together(
     model: FamilyModel,
     quantizer: Quantizer,
     labels_B: Tensor,
-    generators: Sequence[torch.Generator],
+    seeds: Sequence[int],
     steps: Sequence[Size],
     choice: _Choice,
     forced: Forced | None,
@@ -174,14 +138,16 @@ def _sample_together(
         progress = 1.0 if beyond else ramp(config, len(steps), chunk)
         weight = choice.guidance * (progress if choice.form == "ramp" else 1.0)
         logits_BlV = model.extend(decoding, inputs, weight)
-        kept_BlV = keep_top(logits_BlV, 1 if beyond else choice.top_k, choice.top_p)
-        ids_Bl = draw(kept_BlV, generators)
+        top_k = 1 if beyond else choice.top_k
+        ids_Bl = draw(logits_BlV, seeds, start, top_k, choice.top_p)
         known = slice(start, start + count)
         if forced is not None:
             ids_Bl = torch.where(forced.keep_BL[:, known], forced.tokens_BL[:, known], ids_Bl)
         codes_BlC = quantizer.codes(ids_Bl)
         if choice.smooth:
-            mixed_BlC = _smoothed(kept_BlV, quantizer, progress, generators)
+            kept_BlV = keep_top(logits_BlV, top_k, choice.top_p).float()
+            noise_BlV = gumbel(seeds, SMOOTHING, start, count, config.vocab, labels_B.device)
+            mixed_BlC = _smoothed(kept_BlV, noise_BlV, quantizer, progress)
             if forced is not None:
                 mixed_BlC = torch.where(forced.keep_BL[:, known, None], codes_BlC, mixed_BlC)
             codes_BlC = mixed_BlC
@@ -201,12 +167,10 @@ def ramp(config: ModelConfig, steps: int, step: int) -> float:
     return step / (min(last, trained) if config.family in FLEXIBLE else last)
 
 
-def _smoothed(
-    logits_BlV: Tensor, quantizer: Quantizer, progress: float, generators: Sequence[torch.Generator]
-) -> Tensor:
+def _smoothed(logits_BlV: Tensor, noise_BlV: Tensor, quantizer: Quantizer, progress: float) -> Tensor:
     """Codes (B, l, C) mixed by softmax((logits·(1 + progress) + Gumbel noise) / temperature)."""
     temperature = max(SMOOTHEST * (1 - 0.95 * progress), SHARPEST)
-    noisy_BlV = logits_BlV.float() * (1 + progress) + gumbel_noise(logits_BlV, generators)
+    noisy_BlV = logits_BlV * (1 + progress) + noise_BlV
     ids_V = torch.arange(logits_BlV.shape[-1], device=logits_BlV.device)
     return (noisy_BlV / temperature).softmax(dim=-1) @ quantizer.codes(ids_V)
 
@@ -225,12 +189,32 @@ def draw_images(
 ) -> Tensor:
     """Images (n, 3, H, W) in [−1, 1], on the model's device, all at once; as ``sample_tokens``."""
     labels_B = torch.tensor(list(labels), device=next(tokenizer.parameters()).device)
-    _, latent_BCHW = sample_tokens(
-        model, tokenizer.quantize, labels_B, seeds,
-        guidance=sampling.guidance, guidance_form=sampling.guidance_form,
-        top_k=sampling.top_k, top_p=sampling.top_p, smooth=smooth, sizes=sizes, forced=forced,
-    )  # fmt: skip
-    return tokenizer.decode_features(latent_BCHW).clamp(-1, 1)
+    return draw_tokens(
+        model, tokenizer, labels_B, seeds, sampling, smooth=smooth, sizes=sizes, forced=forced
+    )[1]
+
+
+@torch.no_grad()
+def draw_tokens(
+    model: FamilyModel,
+    tokenizer: Tokenizer,
+    labels_B: Tensor,
+    seeds: Sequence[int],
+    sampling: SamplingConfig,
+    *,
+    smooth: bool = False,
+    sizes: Sequence[Size] | None = None,
+    forced: Forced | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Tokens (n, L) and images (n, 3, H, W) in [−1, 1], in the precision asked for; as ``sample_tokens``."""
+    half = sampling.precision == "bf16"
+    with half_weights(cast(nn.Module, model)) if half else contextlib.nullcontext():
+        tokens_BL, latent_BCHW = sample_tokens(
+            model, tokenizer.quantize, labels_B, seeds,
+            guidance=sampling.guidance, guidance_form=sampling.guidance_form,
+            top_k=sampling.top_k, top_p=sampling.top_p, smooth=smooth, sizes=sizes, forced=forced,
+        )  # fmt: skip
+        return tokens_BL, tokenizer.decode_features(latent_BCHW).float().clamp(-1, 1)
 
 
 def sample_images(

@@ -29,7 +29,7 @@ Kinds of lines in ``metrics.jsonl`` of a transformer run (DESIGN's words and uni
     {"kind": "fidelity", "setting", "step", "params", "params_total", "tokens", "unique_tokens", "epochs",
      "flops", "flops_6nd", "fid", "is", "is_std", "precision", "recall", "images", "manifold_images",
      "extractor", "reference", "reference_images", "guidance", "guidance_form", "top_k", "top_p",
-     "seed"}
+     "seed", "drawn_in" (absent for fp32)}
 """
 
 from __future__ import annotations

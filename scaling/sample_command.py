@@ -25,6 +25,7 @@ from torch import Tensor
 from scaling.config import Device, content_hash, require
 from scaling.editing import check_sizes
 from scaling.generation import draw_images
+from scaling.noise import NOISE
 from scaling.pictures import pixel_grid, save_png, uint8
 from scaling.pretrained import Opened, open_model, weights_hash
 from scaling.records import read_json, write_json
@@ -180,8 +181,9 @@ def settings_of(opened: Opened, request: SampleRequest) -> dict[str, Any]:
         "sizes": [list(size) for size in sizes],
         **{
             name: getattr(request, name)
-            for name in ("seed", "cfg", "guidance_form", "top_k", "top_p", "smooth")
+            for name in ("seed", "cfg", "guidance_form", "top_k", "top_p", "smooth", "precision")
         },
+        "noise": NOISE,
     }
     if request.classifier is not None:
         settings |= {"classifier": request.classifier, "keep": request.keep, "count": request.count}
@@ -194,6 +196,7 @@ def out_folder(opened: Opened, where: str, request: SampleRequest, settings: dic
         return Path(request.out)
     name = f"samples-cfg{request.cfg:g}-k{request.top_k}-p{request.top_p:g}-seed{request.seed}"
     name += "-smooth" if request.smooth else ""
+    name += f"-{request.precision}" if request.precision != "fp32" else ""
     if request.classes is not None:
         name += "-class" + "-".join(map(str, request.classes[:NAMED]))
     if request.sizes is not None:

@@ -233,6 +233,8 @@ def _weights(request: FidelityRequest, first: Subject) -> str | None:
 def drawn_how(subject: Subject, request: FidelityRequest) -> dict[str, Any]:
     """How a run's pictures are drawn: as asked, but for a family that knows one form of guidance only."""
     how = {key: getattr(request.sampling(request.images), key) for key in SAMPLING}
+    if request.precision != "fp32":
+        how["drawn_in"] = request.precision  # "precision" is one of the metrics
     own = FAMILIES[subject.config.model.family].guidance
     return how if own is None else how | {"guidance_form": own}
 
@@ -262,7 +264,7 @@ def setting(extractor: str, reference: str, images: int, how: dict[str, Any]) ->
 
 def fidelity_line(evaluation: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:
     """The line for ``metrics.jsonl``."""
-    how = {key: measured[key] for key in SAMPLING}
+    how = {key: measured[key] for key in (*SAMPLING, "drawn_in") if key in measured}
     told = setting(measured["extractor"], measured["reference"], measured["images"], how)
     cost = {key: evaluation[key] for key in FROM_EVALUATION}
     return {"kind": "fidelity", "setting": told} | cost | measured

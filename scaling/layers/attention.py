@@ -9,6 +9,7 @@ Shapes: B batch, H heads, L tokens, E head width.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Literal
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from scaling.layers.block import Attend
+from scaling.layers.block import Attend, full_precision
 
 Size = tuple[int, int]
 Backend = Literal["auto", "masked", "blockwise"]
@@ -53,6 +54,12 @@ def block_causal(sizes: Sequence[Size], backend: Backend, device: torch.device) 
     counts = [h * w for h, w in sizes]
 
     def blockwise(q_BHLE: Tensor, k_BHLE: Tensor, v_BHLE: Tensor, scale: float) -> Tensor:
+        if not torch.is_grad_enabled():  # nothing is kept for a backward pass: the fused call takes less time
+            parts, ends = q_BHLE.split(counts, dim=2), itertools.accumulate(counts)
+            return torch.cat([
+                F.scaled_dot_product_attention(part, k_BHLE[:, :, :end], v_BHLE[:, :, :end], scale=scale)
+                for part, end in zip(parts, ends, strict=True)
+            ], dim=2)  # fmt: skip
         result: Tensor = Blockwise.apply(q_BHLE, k_BHLE, v_BHLE, scale, counts)
         return result
 
@@ -77,13 +84,14 @@ class Blockwise(torch.autograd.Function):
         q, k, v = (x.reshape(-1, *shape[2:]) for x in (q_BHLE, k_BHLE, v_BHLE))
         precise_q, precise_k = q.float() * scale, k.float()
         out, kept, start = torch.empty_like(q), list[Tensor](), 0
-        for count in counts:
-            end = start + count
-            scores = torch.bmm(precise_q[:, start:end], precise_k[:, :end].mT)
-            weights = torch.softmax(scores, dim=-1).to(kind)
-            torch.bmm(weights, v[:, :end], out=out[:, start:end])
-            kept.append(weights)
-            start = end
+        with full_precision(q.device):  # autocast would take fp32 to bf16 for the scores
+            for count in counts:
+                end = start + count
+                scores = torch.bmm(precise_q[:, start:end], precise_k[:, :end].mT)
+                weights = torch.softmax(scores, dim=-1).to(kind)
+                torch.bmm(weights, v[:, :end], out=out[:, start:end])
+                kept.append(weights)
+                start = end
         ctx.scale, ctx.counts, ctx.shape = scale, counts, shape
         ctx.save_for_backward(q, k, v, out, *kept)
         return out.view(shape)
@@ -136,7 +144,4 @@ class KeyValueCache:
     def attend(self, q_BHLE: Tensor, k_BHLE: Tensor, v_BHLE: Tensor, scale: float) -> Tensor:
         """Attention of a new chunk over itself and everything before it; no mask is needed."""
         keys, values = self.extend(k_BHLE, v_BHLE)
-        if q_BHLE.device.type == "cpu" and q_BHLE.dtype == torch.bfloat16:  # as in ``Blockwise``
-            weights = torch.softmax(q_BHLE.float() * scale @ keys.float().mT, dim=-1)
-            return weights.bfloat16() @ values
         return F.scaled_dot_product_attention(q_BHLE, keys, values, scale=scale)

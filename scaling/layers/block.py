@@ -176,7 +176,7 @@ class Head(nn.Module):
         return torch.addcmul(shift_BW[:, None], layer_norm(x_BLW.float()), 1 + scale_BW[:, None])
 
     def forward(self, x_BLW: Tensor, cond_BW: Tensor, guidance: float | None = None) -> Tensor:
-        """Logits (B, L, V) in fp32.
+        """Logits (B, L, V), in the type that the matrix is multiplied in.
 
         Args:
             guidance: t of classifier-free guidance; the second half of the batch is then the first without
@@ -187,7 +187,8 @@ class Head(nn.Module):
             # Logits are linear in this: guiding here halves the largest matrix product.
             conditional, unconditional = normed_BLW.chunk(2)
             normed_BLW = torch.lerp(unconditional, conditional, 1 + guidance)
-        return self.to_vocab(normed_BLW).float()
+        logits_BLV: Tensor = self.to_vocab(normed_BLW)
+        return logits_BLV
 
     @torch.no_grad()
     def initialise(self, config: ModelConfig) -> None:

@@ -56,6 +56,9 @@ class TokenizerConfig:
     """residual, or scalable: without φ, codes of unit length, quant convolutions 1×1 instead of 3×3."""
     z_channels: int | None = field(default=None, metadata={"added": True})
     """Channels between encoder and quant convolution, and back; None for ``latent_channels``."""
+    encode_precision: Literal["fp32", "bf16"] = field(default="fp32", metadata={"added": True})
+    """Of the encoder when images become tokens. bf16 is faster and gives some tokens another id, so that it
+    is another tokenizer."""
 
     def __post_init__(self) -> None:
         require(2 <= self.vocab <= 65536, f"tokenizer.vocab must be 2 to 65536 (uint16), got {self.vocab}")

@@ -86,7 +86,11 @@ class Tokenizer(nn.Module):
             ConfigError: images of a shape that this tokenizer, or these sizes, are not for.
         """
         self._check(images_B3HW, sizes)
-        return self.quantize.encode(self.encode_features(images_B3HW), sizes)
+        # Quantising is in fp32 always: bf16 would confuse codes that lie near each other.
+        half = self.config.encode_precision == "bf16"
+        with torch.autocast(images_B3HW.device.type, dtype=torch.bfloat16, enabled=half):
+            features_BCHW = self.encode_features(images_B3HW)
+        return self.quantize.encode(features_BCHW.float(), sizes)
 
     @torch.no_grad()
     def decode(self, tokens_BL: Tensor, sizes: Sequence[Size] | None = None) -> Tensor:

@@ -93,6 +93,9 @@ def test_the_surface_of_a_grid_is_recovered(tmp_path: Path) -> None:
     low, high = last.surface.interval()["alpha"]
     assert low < found["alpha"] < high
     page = make_report(study.folder).read_text()
+    names = {file.name for file in (study.folder / "report" / "figures").glob("*_vs_tokens.svg")}
+    assert names == {"loss_last_vs_tokens.svg", "loss_avg_vs_tokens.svg"}
+    assert all(f'<figure id="{Path(name).stem}">' in page for name in names)
     assert "Loss over N and D" in page
     written = json.loads((study.folder / "report" / "fits.json").read_text())["families"]["var"]["grids"][0]
     assert written["surface"]["params"]["alpha"] == pytest.approx(found["alpha"])
@@ -144,7 +147,9 @@ def test_two_depths_say_why_there_is_no_surface(tmp_path: Path) -> None:
 def test_one_length_has_no_surface_to_speak_of(tmp_path: Path) -> None:
     study = make_study(write_sweep(tmp_path, steps=[400]))
     assert study.grids == ()
-    assert "Loss over N and D" not in make_report(study.folder).read_text()
+    page = make_report(study.folder).read_text()
+    assert "Loss over N and D" not in page
+    assert "_vs_tokens" not in page
 
 
 def test_budgets_have_minima(tmp_path: Path) -> None:

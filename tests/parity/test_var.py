@@ -10,11 +10,12 @@ import torch.nn.functional as F
 
 from scaling import flops, schedule
 from scaling.config import ModelConfig, TokenizerConfig, TrainConfig
+from scaling.drawing import keep_top
 from scaling.draws import step_draws
 from scaling.families.published import published_name, transformer_from_published
 from scaling.families.registry import family_model
 from scaling.families.var import VAR
-from scaling.generation import keep_top, sample_tokens
+from scaling.generation import sample_tokens
 from scaling.objective import Objective
 from scaling.tokenizer.vqvae import Tokenizer
 from scaling.trainer import decay_groups

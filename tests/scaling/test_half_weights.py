@@ -8,11 +8,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from scaling.config import ModelConfig, SamplingConfig
 from scaling.families.interface import FamilyModel
-from scaling.families.registry import FAMILIES
-from scaling.generation import sample_tokens
+from scaling.families.registry import FAMILIES, build, family_model
+from scaling.generation import Forced, draw_images, sample_tokens
+from scaling.launch import DrawnIn
 from scaling.layers.linear import half_weights
 from scaling.tokenizer.quantizer import Quantizer
+from scaling.tokenizer.vqvae import Tokenizer
+from tests.scaling import tiny
 from tests.scaling.test_families import FAMILY_NAMES, pair
 
 LABELS = torch.tensor([0, 2])
@@ -42,7 +46,7 @@ def test_it_is_as_near_to_fp32_as_autocast(family: str) -> None:
         plain = cached_logits(model, quantizer, tokens_BL)
     with half_weights(cast(nn.Module, model)):
         half = cached_logits(model, quantizer, tokens_BL)
-    assert half.dtype == torch.float32
+    assert half.dtype == torch.bfloat16
     assert 0 < (half - exact).norm() < 1.5 * (plain - exact).norm()
     torch.testing.assert_close(cached_logits(model, quantizer, tokens_BL), exact, atol=0, rtol=0)
 
@@ -65,3 +69,22 @@ def test_the_weights_come_back_after_an_error() -> None:
         assert parameter.dtype == torch.float32
         assert torch.equal(parameter, before[name])
     assert not torch.is_autocast_enabled("cpu")
+
+
+def test_pictures_in_bf16_are_of_the_same_tokens_nearly_the_same() -> None:
+    """The decoder's part: what is drawn is forced, so that tokens cannot differ."""
+    torch.manual_seed(2)
+    tokenizer = Tokenizer(tiny.TOKENIZER).eval().requires_grad_(False)
+    config = ModelConfig.from_depth(2, vocab=16, latent_channels=4, scales=(1, 2), num_classes=3)
+    model = family_model(build(config).eval().requires_grad_(False))
+    ids_BL = torch.arange(10).view(2, 5)
+    known = Forced(ids_BL, torch.ones_like(ids_BL, dtype=torch.bool))
+
+    def pictures(precision: DrawnIn) -> Tensor:
+        sampling = SamplingConfig(2, precision=precision)
+        return draw_images(model, tokenizer, [0, 2], [0, 1], sampling, forced=known)
+
+    exact, half = pictures("fp32"), pictures("bf16")
+    assert half.dtype == torch.float32
+    assert 0 < (half - exact).norm() < 0.1 * exact.norm()
+    assert torch.equal(pictures("fp32"), exact)

@@ -14,7 +14,7 @@ from torch import Tensor
 from scaling import objective
 from scaling.config import ModelConfig
 from scaling.families.registry import build, family_model
-from scaling.layers.attention import Backend, Blockwise, block_causal
+from scaling.layers.attention import Backend, Blockwise, KeyValueCache, block_causal
 from scaling.objective import Objective
 
 VOCAB, SCALES = 37, (1, 2, 3)
@@ -150,7 +150,8 @@ def test_attention_in_bf16_is_as_near_to_the_exact_one_as_a_fused_call() -> None
     def results(backend: Backend, kind: torch.dtype) -> list[Tensor]:
         given_3 = [x.to(kind).requires_grad_() for x in x_3BHLE]
         attend = block_causal(sizes, backend, torch.device("cpu"))
-        out = attend(given_3[0], given_3[1], given_3[2], 40.0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=kind == torch.bfloat16):
+            out = attend(given_3[0], given_3[1], given_3[2], 40.0)
         (out * weights.to(kind)).sum().backward()
         return [out.detach().double(), *(x.grad.double() for x in given_3 if x.grad is not None)]
 
@@ -160,6 +161,13 @@ def test_attention_in_bf16_is_as_near_to_the_exact_one_as_a_fused_call() -> None
         results("blockwise", torch.bfloat16), results("masked", torch.bfloat16), exact, strict=True,
     ):  # fmt: skip
         assert (one - true).norm() < 2.5 * (other - true).norm(), name
+    cache = KeyValueCache(2, 3, length, 64, x_3BHLE)
+    with torch.autocast("cpu", torch.bfloat16):
+        one = cache.attend(*x_3BHLE, 40.0).double()  # all at once: every token sees all others
+    q, k, v = x_3BHLE
+    true = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), scale=40.0)
+    other = F.scaled_dot_product_attention(q, k, v, scale=40.0).double()
+    assert (one - true).norm() < 2.5 * (other - true).norm()
 
 
 def test_the_attention_keeps_its_type() -> None:

@@ -131,7 +131,6 @@ HOLD = "--sbatch=--hold"
 def disturbed(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Sweep:
     """A finished sweep: one run was pre-empted, and the node of another one died."""
     folder = tmp_path_factory.mktemp("there") / "it's 100%j there"
-    folder.mkdir()
     there = Sweep(folder, cluster)
     asked = ("--nodes-per-run", "1", f"{TWO_NODES}=2", "--sbatch=--exclusive", "--wait")
     launcher = subprocess.Popen(

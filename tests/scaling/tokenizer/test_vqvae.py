@@ -32,6 +32,21 @@ def test_any_power_of_two_downsampling(multipliers: tuple[int, ...], side: int) 
     assert images.abs().max() <= 1
 
 
+def test_encoding_in_bf16_is_a_tokenizer_of_its_own_with_few_other_tokens() -> None:
+    exact = tokenizer()
+    half = Tokenizer(dataclasses.replace(tiny.TOKENIZER, encode_precision="bf16"))
+    half.load_state_dict(exact.state_dict())
+    assert half.content_hash != exact.content_hash
+    images = torch.rand(16, 3, 16, 16) * 2 - 1
+    features = exact.encode_features(images)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = half.encode_features(images).float()
+    assert 0 < (low - features).norm() < 0.02 * features.norm()
+    assert torch.equal(half.encode(images), half.quantize.encode(low))
+    assert (half.encode(images) == exact.encode(images)).float().mean() > 0.8
+    assert torch.equal(half.decode(exact.encode(images)), exact.decode(exact.encode(images)))
+
+
 def test_fewer_norm_groups_admit_narrower_networks() -> None:
     model = Tokenizer(dataclasses.replace(tiny.TOKENIZER, channels=16, norm_groups=4))
     groups = {m.num_groups for m in model.modules() if isinstance(m, torch.nn.GroupNorm)}
