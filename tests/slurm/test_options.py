@@ -10,12 +10,16 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from scaling.config import ConfigError, LaunchConfig
+from scaling.config import ConfigError, DataConfig, LaunchConfig, TokenizerConfig, TrainConfig
 from scaling.records import RecordsError, RunFolder, read_json
-from sweeps import slurm, slurm_queue
+from sweeps import calibration, slurm, slurm_commands, slurm_queue
+from sweeps.calibration import measure_images
 from sweeps.jobs import Job, Kind
-from sweeps.slurm_options import Resources, SlurmOptions, limit_seconds, rounded_up
+from sweeps.machine import PROCESS_BYTES
+from sweeps.recipe import Recipe
+from sweeps.slurm_options import LEAST_MEMORY, MARGIN, Resources, SlurmOptions, limit_seconds, rounded_up
 from sweeps.slurm_queue import Seen, standing, words
+from sweeps.stage_memory import encoding_memory, training_memory
 from tests.slurm.stand_ins import fake
 
 LAUNCH = LaunchConfig(processes=2, threads=3)
@@ -284,3 +288,36 @@ def test_when_one_submission_is_refused_those_before_it_are_cancelled(commands: 
         slurm.submit(sweep, jobs, asked, LAUNCH, planned, SLURM, print)
     assert calls.read_text().split() == ["7"]
     assert [read_json(f).get("cancelled", False) for f in sorted(sweep.glob("slurm/*.json"))] == [True, False]
+
+
+def test_every_job_asks_for_memory_and_what_it_took_before_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VARSCALE_CACHE", str(tmp_path / "cache"))
+    data = DataConfig(resolution=32, train_images=100, val_images=10, num_classes=18)
+    tokenizer = TokenizerConfig(
+        vocab=256, latent_channels=16, channels=64, norm_groups=4, multipliers=(1, 2, 2, 2), scales=(1, 2, 4)
+    )
+    train, launch = TrainConfig(steps=10, batch=8), LaunchConfig(device="cpu")
+    recipe = Recipe("x", (1, 2), train, data=data, tokenizer=tokenizer, launch=launch)
+
+    def asked() -> dict[str, int]:
+        made = slurm_commands.plan(recipe, tmp_path, lambda data: data, SLURM)
+        found = slurm_commands.requests(made, SLURM)
+        return {job.name: found[job.folder.path].memory or 0 for job in made.jobs}
+
+    def expected(size: float) -> int:
+        return rounded_up(MARGIN * size, LEAST_MEMORY)
+
+    before = asked()
+    stage = recipe.runs(data)[0].tokenizer_run
+    assert before["tokenizer"] == expected(training_memory(stage, stage.train.batch) + PROCESS_BYTES)
+    assert before["tokens"] == expected(encoding_memory(stage) + PROCESS_BYTES)
+    assert before["tokenizer"] > before["tokens"] > 0
+    machine = slurm_commands.plan(recipe, tmp_path, lambda data: data, SLURM).machine
+    folder = RunFolder(tmp_path / "done")
+    folder.set_status("done", images_per_second=9.0, host_memory=20 * 2**30)
+    speed = measure_images("tokenizer", folder, stage, machine, 1, recipe.launch, 60.0)
+    assert speed is not None
+    calibration.add(speed)
+    assert asked() == before | {"tokenizer": expected(20 * 2**30)}
