@@ -94,9 +94,12 @@ def _run_memory(made: Plan, asked: Resources, config: RunConfig, known: Calibrat
         return CUDA_BYTES + checkpoint_bytes(config.model)
     machine = replace(made.machine, gpus=())
     launch = replace(
-        made.recipe.launch, processes=asked.processes, machines=asked.nodes, main_address="other"
+        made.recipe.launch,
+        processes=asked.processes,
+        machines=asked.nodes,
+        main_address="other",
+        runs_at_once=None,
     )
-    launch = replace(launch, runs_at_once=None)
     closed = closed_memory(config, machine, launch)
     return known.memory(config, closed, machine, made.allotment.threads, launch) or closed + PROCESS_BYTES
 

@@ -95,12 +95,13 @@ class Sweep:
     def slurm(self, run: RunFolder) -> dict[str, Any]:
         return json.loads(self.do("status", "--json"))[run.name]["slurm"]
 
-    def freeze_at_checkpoint(self, *depths: int) -> None:
+    def freeze_at_checkpoint(self, launcher: subprocess.Popen[str], *depths: int) -> None:
         """Stop these runs where they are as soon as each has a checkpoint."""
         wait_for(lambda: (self.sweep / "sweep.json").exists())
         left = [self.run(depth) for depth in depths]
 
         def all_frozen() -> bool:
+            assert launcher.poll() is None, launcher.communicate()[0]
             for run in [run for run in left if any(run.checkpoints.glob("step-*"))]:
                 freeze(run.path)
                 left.remove(run)
@@ -141,7 +142,7 @@ def disturbed(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Swe
         env=there.environment,
     )
     try:
-        there.freeze_at_checkpoint(*LONG)
+        there.freeze_at_checkpoint(launcher, *LONG)
         cluster.preempt(there.job(LONG[0]))
         node = cluster.node_of(there.job(LONG[1]))
         cluster.kill_node(node)

@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,17 @@ def test_a_clock_that_jumps_ends_no_job(monkeypatch: pytest.MonkeyPatch) -> None
     assert pulse.silent({"progress_at": 5e9, "heartbeat": 2}) == 7, "a heart that beats is no progress"
     assert pulse.silent({"progress_at": 3.0}) == 0, "any change is"
     assert not Pulse().due(math.inf)
+
+
+def test_time_in_which_nobody_looked_is_no_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    pulse = Pulse()
+    now = time.monotonic()
+    monkeypatch.setattr(patience.time, "monotonic", lambda: now)
+    assert pulse.silent({"progress_at": 1.0}) == 0
+    for seconds, silent in ((30, 30), (3600, 30), (20, 50)):
+        now += seconds
+        assert pulse.due(1800.0)
+        assert pulse.silent({"progress_at": 1.0}) == pytest.approx(silent, abs=1)
 
 
 def test_settings_are_checked_and_default_to_patience() -> None:
