@@ -1,54 +1,28 @@
-"""varscale's command line: plan, train, watch and report a depth sweep.
+"""varscale's command line: plan, train, watch and report a depth sweep. Without a command it runs the
+quickstart, from photographs to report.
 
-    python run_sweep.py                          the quickstart, from photographs to report
-    python run_sweep.py COMMAND RECIPE [--key value ...]
-
-COMMAND is one of
-    plan       print what the sweep costs; runs nothing
-    tokenize   train the tokenizers and cache the tokens
-    run        do everything that is missing, then write the report
-    status     print where every job stands
-    cancel     end what was handed to Slurm ('run --executor slurm')
-    report     write the report of what is there
-    stages     draw the same seeds across depths and stages of training
-    classifier train a classifier of the images, for 'fidelity' without published weights
-    sync       copy a sweep's records to wandb, trackio or tensorboard
-    dashboard  show a sweep in wandb's workspace, or in trackio's page on this machine
-and six more need no recipe:
-    python run_sweep.py sample WHERE [--key value ...]    pictures of a run or a published checkpoint
-    python run_sweep.py fidelity WHERE [--key value ...]  FID and other image metrics of a sweep's runs
-    python run_sweep.py evaluate WHERE [--key value ...]  loss and error of a run or a published checkpoint
-    python run_sweep.py convert WHERE [--key value ...]   a published checkpoint to a folder of ours, or back
-    python run_sweep.py edit WHERE IMAGE [--key value ...]  in-painting and other tasks without training
-    python run_sweep.py fit TABLE [--key value ...]      fit a scaling law to any table of runs
-
-RECIPE is a file or the name of a shipped recipe: quickstart, cifar10, cifar10-cpu, families-cpu, imagenet256,
-wsd-cpu.
 plan, tokenize, run and classifier take any value of the recipe: --train.lr 3e-4 --depths 2 4 6 --data.path X.
-'python run_sweep.py COMMAND --help' lists a command's own options,
-'python run_sweep.py plan RECIPE --help' the values of the recipe too.
+'python run_sweep.py COMMAND --help' lists a command's own options, 'python run_sweep.py plan RECIPE --help'
+the values of the recipe too.
 
 Exit codes: 0 done; 1 a run failed; 2 bad input, told in one line; 130 interrupted.
 
-This file only parses and dispatches. Torch is imported by nothing here but ``sample``, ``stages``,
-``edit``, ``evaluate`` and ``convert``.
+This file says what each command does; ``sweeps.command_line`` finds it in the words. Torch is imported by
+nothing here but ``sample``, ``stages``, ``edit`` and ``convert``.
 """
 
 from __future__ import annotations
 
-import difflib
 import errno
-import json
 import os
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import zip_longest
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from scaling.config import ConfigError, DataConfig, Tracker, WandbMode, from_dict
+from scaling.config import ConfigError, DataConfig, Tracker, WandbMode
 from scaling.process import one_line
 from scaling.records import RecordsError
 from scaling.requests import (
@@ -62,7 +36,8 @@ from scaling.requests import (
     StagesRequest,
     same_images,
 )
-from scaling.schema import here, require
+from scaling.schema import require
+from sweeps.command_line import Command, dispatch
 from sweeps.command_options import (
     CostOptions,
     DashboardOptions,
@@ -74,8 +49,7 @@ from sweeps.command_options import (
     SyncOptions,
 )
 from sweeps.forecasts import Forecasts, Point
-from sweeps.options import Option, flag_of, help_text, options_of, parse
-from sweeps.recipe import Recipe, load_recipe
+from sweeps.recipe import Recipe
 
 SCRIPT = "python run_sweep.py"
 REFUSED = 2
@@ -148,31 +122,30 @@ def run(recipe: Recipe, options: RunOptions) -> int:
     return result.exit_code
 
 
-def status(recipe: Recipe, options: StatusOptions) -> int:
+def status(sweep: Path, options: StatusOptions) -> int:
     """print where every job stands"""
     from sweeps.commands import show_status
 
-    return show_status(_sweep(recipe, options), options.json, options.watch, _forecasts)
+    return show_status(sweep, options.json, options.watch, _forecasts)
 
 
-def cancel(recipe: Recipe, options: SweepOptions) -> int:
+def cancel(sweep: Path, options: SweepOptions) -> int:
     """end what Slurm has of a sweep; what is running checkpoints first"""
     from sweeps import slurm_commands
 
-    return slurm_commands.cancel(_sweep(recipe, options))
+    return slurm_commands.cancel(sweep)
 
 
-def report(recipe: Recipe, options: ReportOptions) -> int:
+def report(sweep: Path, options: ReportOptions) -> int:
     """write the report of what is there"""
-    _report(_sweep(recipe, options), options.open)
+    _report(sweep, options.open)
     return 0
 
 
-def sync(where: str, options: SyncOptions) -> int:
+def sync(sweep: Path, options: SyncOptions) -> int:
     """copy a sweep's records, report and pictures to trackers: what changed since the last time"""
     from scaling.trackers.sync import settings_of
 
-    sweep = _sweep_at(where, options)
     launch = settings_of(sweep)
     if not (trackers := options.to or launch.trackers):
         raise ConfigError("sync needs --to wandb, trackio or tensorboard: the sweep names no trackers itself")
@@ -183,12 +156,11 @@ def sync(where: str, options: SyncOptions) -> int:
     return 0
 
 
-def dashboard(where: str, options: DashboardOptions) -> int:
+def dashboard(sweep: Path, options: DashboardOptions) -> int:
     """show a sweep in wandb's workspace (loss, error, frontier over FLOPs; throughput) or trackio's page"""
     from scaling.trackers import dashboard as page
     from scaling.trackers.sync import settings_of
 
-    sweep = _sweep_at(where, options)
     project = options.project or settings_of(sweep).tracker_project
     if options.local:
         _copy(sweep, ["trackio"], project, "offline")
@@ -218,12 +190,11 @@ def sample(where: str, request: SampleRequest) -> int:
     return 0
 
 
-def stages(where: str, request: StagesRequest) -> int:
+def stages(sweep: Path, request: StagesRequest) -> int:
     """draw the same seeds across depths and stages of training, on one sheet (needs evaluation.snapshots)"""
     from sweeps.progress import counted
-    from sweeps.where import runs_by_depth, sweep_at
+    from sweeps.where import runs_by_depth
 
-    sweep = sweep_at(where, request.root, request.name) or Path(where)
     listed = runs_by_depth(sweep, request.family, request.depths)
 
     from scaling.stages_command import StagedRun, draw_stages
@@ -258,7 +229,7 @@ def fidelity(where: str, request: FidelityRequest) -> int:
 
 
 def edit(words: tuple[str, str], request: EditRequest) -> int:
-    """edit IMAGE, a file or val:N of the run's data: in- and out-painting, a class, refinement, expansion"""
+    """edit IMAGE, a file or val:N of the run's data: paint a part anew or beyond it, refine, expand"""
     where, image = words
     _ = request.chosen  # the cheap refusal first
     from sweeps.where import model_at
@@ -274,26 +245,11 @@ def edit(words: tuple[str, str], request: EditRequest) -> int:
 
 def evaluate(where: str, request: EvaluateRequest) -> int:
     """loss and error of a run or of a published checkpoint on validation images"""
-    from sweeps.progress import counted
+    from sweeps.evaluation import evaluate as evaluate_model
     from sweeps.where import model_at
 
     where, tokenizer = model_at(where, request)
-    request = replace(request, tokenizer=tokenizer)
-
-    from scaling.imported import import_into, training_of
-    from scaling.validation import validate
-
-    training = None if request.into is None else training_of(where, request)
-    with counted("encoding") as progress:
-        result = validate(where, request, progress)
-    if request.json:
-        print(json.dumps(result.to_json(), indent=1))
-    else:
-        print(result.table())
-    if request.into is not None and training is not None:
-        run = import_into(request.into, result, training)
-        print(f"imported: {run.path}; its tokens and FLOPs: {training.told}", file=sys.stderr)
-    return 0
+    return evaluate_model(where, replace(request, tokenizer=tokenizer))
 
 
 def convert(where: str, request: ConvertRequest) -> int:
@@ -321,22 +277,6 @@ def _fit_options() -> type:
     return FitOptions
 
 
-@dataclass(frozen=True)
-class Command:
-    """One word of the command line."""
-
-    do: Callable[[Any, Any], int]
-    """From what the first word names and the options to the exit code; its docstring is its help."""
-    options: Callable[[], type]
-    """The dataclass of its own options; a function, since not all of them are cheap to import."""
-    takes: Literal["recipe", "sweep", "runs", "table", "model"]
-    """What its first word names: a recipe whose values can be set, the sweep of a recipe as it is on the
-    disk, finished runs (a sweep's or one), a file with a table, or a model (a run's folder, a sweep with a
-    depth, or a checkpoint)."""
-    further: tuple[str, ...] = ()
-    """Words after the first; then both are given together."""
-
-
 COMMANDS = {
     "plan": Command(plan, lambda: CostOptions, "recipe"),
     "tokenize": Command(tokenize, lambda: Options, "recipe"),
@@ -344,10 +284,10 @@ COMMANDS = {
     "status": Command(status, lambda: StatusOptions, "sweep"),
     "cancel": Command(cancel, lambda: SweepOptions, "sweep"),
     "report": Command(report, lambda: ReportOptions, "sweep"),
-    "sync": Command(sync, lambda: SyncOptions, "runs"),
-    "dashboard": Command(dashboard, lambda: DashboardOptions, "runs"),
+    "sync": Command(sync, lambda: SyncOptions, "sweep"),
+    "dashboard": Command(dashboard, lambda: DashboardOptions, "sweep"),
     "sample": Command(sample, lambda: SampleRequest, "model"),
-    "stages": Command(stages, lambda: StagesRequest, "model"),
+    "stages": Command(stages, lambda: StagesRequest, "sweep"),
     "classifier": Command(classifier, lambda: ClassifierRequest, "recipe"),
     "fidelity": Command(fidelity, lambda: FidelityRequest, "runs"),
     "edit": Command(edit, lambda: EditRequest, "model", ("IMAGE",)),
@@ -360,7 +300,9 @@ COMMANDS = {
 def main(arguments: list[str] | None = None) -> int:
     """Run one command line; the exit code."""
     try:
-        return dispatch(sys.argv[1:] if arguments is None else arguments)
+        words = sys.argv[1:] if arguments is None else arguments
+        about = __doc__.rpartition("\n\n")[0]
+        return dispatch(COMMANDS, SCRIPT, about, words, default=("run", "quickstart"))
     except (ConfigError, RecordsError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return REFUSED
@@ -374,112 +316,6 @@ def main(arguments: list[str] | None = None) -> int:
         return REFUSED
     except KeyboardInterrupt:
         return 130
-
-
-def dispatch(arguments: list[str]) -> int:
-    """Find command, recipe and options in the command line, and do it."""
-    wants_help = any(a in ("-h", "--help") for a in arguments)
-    words = [a for a in arguments if a not in ("-h", "--help")]
-    if wants_help and not words:
-        print(__doc__.rpartition("\n\n")[0])
-        return 0
-    if not words or words[0].startswith("--"):
-        words = ["run", "quickstart", *words]
-    name, *rest = words
-    if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"commands: {', '.join(COMMANDS)}"
-        raise ConfigError(f"unknown command '{name}'; {hint}")
-    command = COMMANDS[name]
-    first = rest[0] if rest and not rest[0].startswith("--") else None
-    if wants_help:
-        print(_help(name, command, first))
-        return 0
-    if first is None:
-        wanted = {
-            "table": "a table: a file with one row per run or evaluation",
-            "model": "a model: a run's folder, a recipe or sweep with --depth, or a checkpoint",
-            "runs": "a recipe, a sweep's folder or a run's",
-        }
-        recipes = (
-            "a recipe: a file, or quickstart, cifar10, cifar10-cpu, families-cpu, imagenet256 or wsd-cpu"
-        )
-        raise ConfigError(f"'{name}' needs {wanted.get(command.takes, recipes)}")
-    words = rest[: 1 + len(command.further)]
-    for word, given in zip_longest(command.further, words[1:]):
-        if given is None or given.startswith("--"):
-            raise ConfigError(f"'{name}' needs {word} after {words[0]}")
-    own = options_of(command.options())
-    shared = options_of(Recipe) if command.takes == "recipe" else []
-    if command.takes == "sweep":
-        _refuse_recipe_values(name, rest[1:], own)
-    values = parse(rest[len(words) :], [*own, *shared])
-    mine = {o.path for o in own}
-    chosen = _nested({path: value for path, value in values.items() if path in mine})
-    options: Any = from_dict(command.options(), chosen, lambda path: flag_of(path) if path else here(path))
-    if command.takes in ("runs", "table", "model"):
-        return command.do(tuple(words) if command.further else first, options)
-    recipe = load_recipe(first, {path: value for path, value in values.items() if path not in mine})
-    return command.do(recipe, options)
-
-
-def _help(name: str, command: Command, first: str | None) -> str:
-    """A command's own options first; the recipe's values where it takes them and a recipe is named."""
-    own = options_of(command.options())
-    word = {"table": "TABLE", "model": "WHERE", "runs": "WHERE"}.get(command.takes, "RECIPE")
-    text = f"{SCRIPT} {name} {' '.join([first or word, *command.further])} [--key value ...]\n\n"
-    text += f"{name} - {command.do.__doc__}\n{help_text(own, command.options()())}"
-    if command.takes == "sweep":
-        text += (
-            "\n\nThe sweep is read as it is on the disk: values of the recipe cannot be set here "
-            f"('{SCRIPT} plan {first or 'RECIPE'} --help' lists them)."
-        )
-    elif command.takes == "recipe" and first is None:
-        text += f"\n\nAny value of the recipe too: '{SCRIPT} {name} RECIPE --help' lists them."
-    elif command.takes == "recipe":
-        assert first is not None
-        text += (
-            f"\n\nValues of the recipe\n{help_text(options_of(Recipe), load_recipe(first))}"
-            "\n\nby_family and by_depth (values of single families and depths) are set in the recipe; "
-            "an option wins for all of them. So are grid, zip and lr_rule (docs/designs.md)."
-        )
-    return text
-
-
-def _nested(values: dict[tuple[str, ...], Any]) -> dict[str, Any]:
-    """Values by path as the mapping that ``from_dict`` reads."""
-    result: dict[str, Any] = {}
-    for path, value in values.items():
-        inner = result
-        for key in path[:-1]:
-            inner = inner.setdefault(key, {})
-        inner[path[-1]] = value
-    return result
-
-
-def _refuse_recipe_values(name: str, arguments: Sequence[str], own: Sequence[Option]) -> None:
-    known = {option.flag for option in own}
-    recipe = {option.flag for option in options_of(Recipe)}
-    for argument in arguments:
-        flag = argument.partition("=")[0].replace("_", "-")
-        if flag in recipe - known:
-            raise ConfigError(
-                f"{flag} is a value of the recipe, which '{name}' does not use: it reads the sweep as it is "
-                f"on the disk; its own options: {' '.join(sorted(known))}"
-            )
-
-
-def _sweep(recipe: Recipe, options: SweepOptions) -> Path:
-    return Path(options.root) / (recipe.name if options.name is None else options.name)
-
-
-def _sweep_at(where: str, options: SweepOptions) -> Path:
-    from sweeps.where import sweep_at
-
-    sweep = sweep_at(where, options.root, options.name)
-    if sweep is None:
-        raise ConfigError(f"{where}: neither a sweep's folder nor a recipe")
-    return sweep
 
 
 def _copy(sweep: Path, trackers: Sequence[Tracker], project: str, mode: WandbMode) -> list[str]:

@@ -5,7 +5,8 @@
 - ``RunConfig`` holds everything that changes the result; its content hash is the run's id.
   ``LaunchConfig`` holds what must not change it: micro-batch, processes, threads, trackers.
 - Everything is imported from here: ``scaling.schema`` (reading, hashing), ``scaling.launch`` (the machine's
-  part) and ``scaling.tokenizer.config`` (the shape of a tokenizer and its training) stand behind it.
+  part), ``scaling.data.config`` (the images) and ``scaling.tokenizer.config`` (a tokenizer's shape and
+  training) stand behind it.
 - No torch here: plans are printed and reports are read on machines without it.
 """
 
@@ -17,8 +18,9 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from scaling.data.config import DataConfig
 from scaling.launch import Device, LaunchConfig, SamplingConfig, Tracker, WandbMode
-from scaling.schema import ConfigError, content_hash, from_dict, identity, require, to_dict
+from scaling.schema import ConfigError, content_hash, from_dict, here, identity, require, to_dict
 from scaling.tokenizer.config import (
     PAPER_SCALES,
     AdversarialConfig,
@@ -49,6 +51,7 @@ __all__ = [
     "check_tokens",
     "content_hash",
     "from_dict",
+    "here",
     "identity",
     "require",
     "to_dict",
@@ -63,49 +66,6 @@ FLEXIBLE = ("flexvar", "flexvar-mamba")
 """Families that train on, and sample with, steps of any number and size."""
 PUBLISHED_SIDE = 16
 """The published random steps are written down for maps of this side only."""
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """An image set. ``None`` counts are filled in from the data before a run is planned."""
-
-    source: Literal["photos", "folder", "parquet", "hf"] = "photos"
-    """photos: ships with the dependencies; folder: train/<class>/*, val/<class>/*; parquet: train*.parquet
-    and test or val*.parquet; hf: a data set of the hub, by name."""
-    path: str | None = field(default=None, metadata={"identity": False})
-    """Where it lies (folder, parquet). Not part of the run's identity: the same data may be moved."""
-    name: str | None = None
-    """hf: the data set's name on the hub. folder and parquet: any label; it tells data sets of equal counts
-    apart, since where data lies is no part of what it is."""
-    resolution: int = 32
-    """Side of the square images, in pixels."""
-    train_images: int | None = None
-    """How many training images are used (the first of a seeded shuffle when fewer than there are)."""
-    val_images: int | None = None
-    """How many validation images are used."""
-    num_classes: int | None = None
-    views: int = 1
-    """Random crops cached per training image; epoch e trains on view e mod views."""
-    flip: bool = False
-    """Flip each cached view with probability 1/2 (the published code does not)."""
-    crop_margin: float = 1.125
-    """The shorter side is resized to this times the resolution before cropping (VAR's)."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        require(self.resolution > 0, f"data.resolution must be positive, got {self.resolution}")
-        require(self.views >= 1, f"data.views must be at least 1, got {self.views}")
-        require(self.crop_margin >= 1.0, f"data.crop_margin must be at least 1, got {self.crop_margin}")
-        require(self.seed >= 0, f"data.seed must not be negative, got {self.seed}")
-        for name in ("train_images", "val_images", "num_classes"):
-            value = getattr(self, name)
-            require(value is None or value > 0, f"data.{name} must be positive, got {value}")
-        if self.source in ("folder", "parquet"):
-            require(self.path is not None, f"data.path is needed for data.source '{self.source}'")
-        if self.source == "hf":
-            require(
-                self.name is not None, "data.name (the data set's name on the hub) is needed for source 'hf'"
-            )
 
 
 @dataclass(frozen=True)

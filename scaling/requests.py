@@ -79,8 +79,10 @@ class EvaluateRequest(ModelChoice):
     """By default the run's, and fp32 for published checkpoints."""
     device: Device = "auto"
     """auto is a GPU where there is one."""
+    processes: int = 1
+    """Processes (GPUs) that share the images; it changes the result by rounding."""
     threads: int | None = None
-    """CPU threads; by default the run's, else all cores."""
+    """CPU threads per process; by default the run's, else all cores, and of several processes their share."""
     json: bool = False
     """Print JSON instead of a table."""
     into: str | None = None
@@ -95,7 +97,7 @@ class EvaluateRequest(ModelChoice):
     """With --into: images per optimiser step."""
 
     def __post_init__(self) -> None:
-        for name in ("images", "batch", "threads", "train_images", "train_batch"):
+        for name in ("images", "batch", "processes", "threads", "train_images", "train_batch"):
             value = getattr(self, name)
             flag = "--" + name.replace("_", "-")
             require(value is None or value >= 1, f"{flag} must be at least 1, got {value}")
@@ -103,6 +105,15 @@ class EvaluateRequest(ModelChoice):
         for name in ("epochs", "train_images", "train_batch"):
             flag = "--" + name.replace("_", "-")
             require(getattr(self, name) is None or self.into is not None, f"{flag} is for --into SWEEP")
+
+
+@dataclass(frozen=True)
+class EvaluationJob:
+    """What the job of ``evaluate`` reads."""
+
+    where: str
+    """A run's folder, or a checkpoint."""
+    request: EvaluateRequest
 
 
 @dataclass(frozen=True)

@@ -2,23 +2,26 @@
 
 - Of a run on its own images this is the run's own last evaluation, with the same crops, batches, precision
   and threads: number by number if one process trained it on the same back end, else up to rounding.
+- Processes share the work: whole batches of images to be encoded, then every W-th image to be evaluated.
+  Tokens are the same however many there are, losses and errors up to rounding.
 - Published accuracies are 100·(1 − error). The published evaluation drops 10 % of the labels at random; this
   one drops none, so it is a little better and the same every time.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils import gather_object
 from torch import nn
 
 from scaling.config import ConfigError, DataConfig, LaunchConfig, Precision, from_dict
 from scaling.data.encode import batch_size, encoder
+from scaling.data.images import UNREADABLE_LIMIT
 from scaling.data.live import encode_validation
 from scaling.data.sources import open_source, resolve
 from scaling.evaluation import evaluate
@@ -91,17 +94,21 @@ def validate(
 ) -> Validation:
     """Open, encode, evaluate.
 
+    Every process calls it, and gets the same result.
+
     Args:
         where: as ``open_model``.
         progress: called with images encoded and their number, while they are; the model comes after.
 
     Raises:
-        ConfigError: as ``open_model``; no data, or data of other classes.
+        ConfigError: as ``open_model``; no data, or data of other classes; more than 1 % of it unreadable.
         RecordsError: as ``open_model``.
     """
     launch = _launch(Path(where))
-    if request.threads or launch.threads:
-        torch.set_num_threads(request.threads or launch.threads or 1)
+    # Several processes divide the cores; one has as many threads as the run had, for the same rounding.
+    threads = request.threads or (launch.threads if request.processes == 1 else None)
+    if threads is not None:
+        torch.set_num_threads(threads)
     torch.backends.cudnn.allow_tf32 = False  # a token is an argmin: the same on every device
     opened = open_model(where, request.tokenizer, scales=request.scales)
     run, model = opened.run, opened.model.config
@@ -121,18 +128,26 @@ def validate(
         encoder(opened.tokenizer, device, model.sizes),
         images=images,
         batch=batch_size(data.resolution, device.type),
-        threads=request.threads or launch.threads or os.cpu_count() or 1,
+        threads=threads or torch.get_num_threads(),
         progress=progress,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        gather=lambda own: list(gather_object([own])),
+    )
+    there = source.count("val")
+    unreadable = min(images or there, there) - split.images
+    require(  # each process has looked at its own only
+        unreadable <= UNREADABLE_LIMIT * there,
+        f"more than 1 % of the {there} val images are unreadable ({unreadable} found)",
     )
     module = cast(nn.Module, opened.model).to(device)
     evaluation = evaluate(
         module, model, opened.tokenizer.quantize, split, accelerator,
         cached=model.scales, images=None, batch=request.batch or launch.micro_batch or EVAL_BATCH,
     )  # fmt: skip
-    asked = min(images or source.count("val"), source.count("val"))
     return Validation(
         where, request.tokenizer, opened, precision, data, source.fingerprint(), evaluation.record(),
-        asked - split.images,
+        unreadable,
     )  # fmt: skip
 
 

@@ -1,53 +1,35 @@
 """How fast this machine was, to say how long a plan will take.
 
-- Speeds belong to the machine, not to a sweep: ``calibration.json`` lies in ``VARSCALE_CACHE``, by default
-  ``varscale`` in ``XDG_CACHE_HOME`` or ``~/.cache``, so that every root and every recipe can use it. A home
-  shared by several machines is no trouble: every speed is kept under its device's name.
+- Speeds belong to the machine, not to a sweep, and serve all roots and recipes (``sweeps.speed_store``).
 - Every job that ran from start to end in one go leaves one entry in place of the last one of its kind: a run
   its FLOP/s while training and while evaluating, the seconds beside (starting, saving, sampling) and its peak
-  memory; a tokenizer or token job its images per second, and the seconds beside. A job too short for a sound
-  speed (few log points) replaces no better one.
+  memory; a tokenizer or token job its images per second, and the seconds beside.
 - Before anything has run, ``plan --calibrate`` leaves entries of the same form from a minute of short real
   training (``sweeps.probes``), which replace all of the same kind at every depth: speeds from another day say
   less of today than one made now.
 - An estimate takes entries of the same device, threads, processes and precision, and of the same family:
-  one family's FLOP/s say little of another's. A depth that was finished
-  here gives its own speed. Any other depth is told by its FLOPs: at a speed between those of the nearest
-  depths on either side (a power law through both), or at the speed of the nearest one when all lie on one
-  side. Without entries there is no estimate.
+  one family's FLOP/s say little of another's. A depth that was finished here gives its own speed. Any other
+  depth is told by its FLOPs: at a speed between those of the nearest depths on either side (a power law
+  through both), or at the speed of the nearest one when all lie on one side. Without entries there is no
+  estimate.
+- Entries of a calibration say how long it waited for a core that others had, and so does an estimate from
+  them: a calibration tells the machine as it is in that minute.
 - What else decides a speed (``Settings``) is kept in the entry and is no part of its key: from an entry of
   other settings there still is an estimate, and it says so.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import math
-import os
 import statistics
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from scaling.config import (
-    ConfigError,
-    DataConfig,
-    Family,
-    LaunchConfig,
-    RunConfig,
-    TokenizerRunConfig,
-    from_dict,
-    to_dict,
-)
+from scaling.config import DataConfig, Family, LaunchConfig, RunConfig, TokenizerRunConfig
 from scaling.flops import forward_flops, spent, train_memory
-from scaling.records import RecordsError, RunFolder, finite, read_json, write_json
+from scaling.records import RunFolder, finite
 from sweeps.machine import Allotment, Machine, gpu_groups
-
-FILE = "calibration.json"
-LOG_POINTS = 5
-"""A speed from fewer lines than this is kept only for want of a better one."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +80,9 @@ class RunSpeed:
     """``scaling.flops.train_memory`` of the run."""
     peak_memory: int | None = None
     """Bytes of one process: of a GPU's tensors, or of the process on the CPU."""
+    waited: float | None = None
+    """Of a calibration: share of the time in which there was no core for it, since others had them. None of
+    finished runs, and where the system does not tell."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +100,8 @@ class ImageSpeed:
     points: int = 0
     settings: Settings | None = None
     quantizer: Literal["residual", "scalable"] = "residual"
+    waited: float | None = None
+    """As of a run."""
     host_memory: int | None = None
     """Peak bytes of one process in main memory."""
 
@@ -130,6 +117,8 @@ class Estimate:
     """Whether a job of just this kind (of a run: its depth and tokens per image) with these settings was
     finished here."""
     same_settings: bool = True
+    waited: float = 0.0
+    """``waited`` of the speeds that were used, the most of them."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +133,7 @@ class Calibration:
     ) -> Estimate | None:
         """Expected time of one run from step ``start`` on, or None when nothing like it was measured."""
         like = [
-            r for r in self.runs if _runs_key(r) == run_key(run, machine, allotment.threads, launch)
+            r for r in self.runs if runs_key(r) == run_key(run, machine, allotment.threads, launch)
             and r.runs_per_gpu == allotment.per_gpu
         ]  # fmt: skip
         found = _nearest(like, run)
@@ -167,7 +156,7 @@ class Calibration:
         depths, depth = tuple(sorted({low.depth, high.depth})), run.model.depth
         same = {low.settings, high.settings} == {run_settings(run, allotment, launch)}
         exact = depths == (depth,) and low.seq_len == run.model.seq_len and same
-        return Estimate(seconds, depths, exact, same)
+        return Estimate(seconds, depths, exact, same, max(low.waited or 0.0, high.waited or 0.0))
 
     def memory(
         self, run: RunConfig, closed: int, machine: Machine, threads: int, launch: LaunchConfig
@@ -183,7 +172,7 @@ class Calibration:
         measured: list[tuple[RunSpeed, int, int]] = [
             (r, r.closed_memory, r.peak_memory)
             for r in self.runs
-            if _runs_key(r) == run_key(run, machine, threads, launch)
+            if runs_key(r) == run_key(run, machine, threads, launch)
             and r.closed_memory is not None
             and r.peak_memory is not None
         ]
@@ -205,7 +194,7 @@ class Calibration:
             if (*found, known.quantizer) == key:
                 seconds = job_images(job, config) / known.images_per_second + known.other_seconds
                 same = known.settings == image_settings(job, config, launch)
-                return Estimate(seconds, (), same, same)
+                return Estimate(seconds, (), same, same, known.waited or 0.0)
         return None
 
     def image_memory(
@@ -233,7 +222,7 @@ def run_key(run: RunConfig, machine: Machine, threads: int, launch: LaunchConfig
     )
 
 
-def _runs_key(speed: RunSpeed) -> RunKey:
+def runs_key(speed: RunSpeed) -> RunKey:
     return (
         *(speed.device, speed.threads, speed.processes, speed.machines),
         *(speed.precision, speed.family),
@@ -261,88 +250,6 @@ def _between(low: RunSpeed, high: RunSpeed, share: float) -> Callable[[Callable[
 
 def _evaluation_speed(speed: RunSpeed) -> float:
     return speed.evaluation_flops_per_second or speed.flops_per_second
-
-
-def speeds_file() -> Path:
-    """Where this machine's speeds are kept."""
-    chosen = os.environ.get("VARSCALE_CACHE")
-    if chosen:
-        return Path(chosen) / FILE
-    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    # The XDG standard: a relative path is to be ignored.
-    return (base if base.is_absolute() else Path.home() / ".cache") / "varscale" / FILE
-
-
-def load() -> Calibration:
-    """What was measured on this machine; empty before the first finished job.
-
-    Raises:
-        RecordsError: the file is damaged (it may be removed: it holds speeds, no results).
-    """
-    file = speeds_file()
-    if not file.exists():
-        return Calibration()
-    try:
-        return from_dict(Calibration, read_json(file))
-    except ConfigError as error:
-        raise RecordsError(f"{file}: {error}; remove the file, it holds only measured speeds") from None
-
-
-def add(speed: RunSpeed | ImageSpeed) -> None:
-    """Remember a speed in place of an older one of the same kind of job; several launchers may do so.
-
-    A speed from few log points does not replace one from more.
-    """
-    with _changing() as known:
-        entries: list[RunSpeed | ImageSpeed] = [*known.runs, *known.images]
-        alike = [old for old in entries if _kind(old) == _kind(speed)]
-        if speed.points < LOG_POINTS and any(old.points > speed.points for old in alike):
-            return
-        _write(known, [speed], lambda old: _kind(old) == _kind(speed))
-
-
-def replace_all(speeds: Sequence[RunSpeed | ImageSpeed]) -> None:
-    """Remember the speeds of one calibration in place of all older ones, of whatever depth, that an estimate
-    would take beside them."""
-    keys = {_runs_key(s) for s in speeds if isinstance(s, RunSpeed)}
-    kinds = {_kind(s) for s in speeds}
-    with _changing() as known:
-        _write(
-            known,
-            speeds,
-            lambda old: (isinstance(old, RunSpeed) and _runs_key(old) in keys) or _kind(old) in kinds,
-        )
-
-
-MEASURED = (
-    *("flops_per_second", "evaluation_flops_per_second", "images_per_second", "other_seconds"),
-    *("checkpoint_seconds", "closed_memory", "peak_memory", "host_memory", "points", "settings"),
-)
-"""Fields of an entry that say what was measured, not of what."""
-
-
-def _kind(entry: RunSpeed | ImageSpeed) -> tuple[Any, ...]:
-    return (type(entry), *(v for k, v in vars(entry).items() if k not in MEASURED))
-
-
-@contextlib.contextmanager
-def _changing() -> Iterator[Calibration]:
-    """What is known, while nobody else changes it."""
-    file = speeds_file()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with (file.parent / ".lock").open("a+") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield load()
-
-
-def _write(
-    known: Calibration,
-    new: Sequence[RunSpeed | ImageSpeed],
-    gone: Callable[[RunSpeed | ImageSpeed], bool],
-) -> None:
-    runs = [*(r for r in known.runs if not gone(r)), *(s for s in new if isinstance(s, RunSpeed))]
-    images = [*(i for i in known.images if not gone(i)), *(s for s in new if isinstance(s, ImageSpeed))]
-    write_json(speeds_file(), to_dict(Calibration(tuple(runs), tuple(images))))
 
 
 def measure_run(
@@ -409,12 +316,14 @@ def measure_images(
 ) -> ImageSpeed | None:
     """The speed of a tokenizer or token job that took ``seconds`` from start to end; None when it told none.
 
-    A token job logs no lines; it tells one speed of all its images at the end.
+    A token job logs no lines; it tells one speed of all its images at the end, each with all its views.
     """
     logged = logged_speeds(folder)
     speed = statistics.median(logged) if logged else folder.status().get("images_per_second")
     if speed is None or not speed > 0:
         return None
+    if job == "tokens":
+        speed *= cached_images(config.data) / cached_images(replace(config.data, views=1))
     return ImageSpeed(
         job,
         machine.name,
@@ -427,7 +336,7 @@ def measure_images(
         len(logged),
         image_settings(job, config, launch),
         config.tokenizer.quantizer,
-        folder.status().get("host_memory"),
+        host_memory=folder.status().get("host_memory"),
     )
 
 

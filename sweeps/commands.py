@@ -10,6 +10,7 @@ import contextlib
 import json
 import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -20,7 +21,7 @@ from rich.console import Console
 
 from scaling.config import ConfigError, DataConfig, RunConfig, require
 from scaling.records import RecordsError, RunFolder
-from sweeps import calibration, slurm
+from sweeps import calibration, slurm, speed_store
 from sweeps.costs import Pricing, Rates, rates
 from sweeps.forecasts import Forecasts, MakeForecasts, point_of, surprises
 from sweeps.jobs import Job
@@ -102,7 +103,7 @@ def calibrate(made: Plan, check_data: CheckData, as_json: bool) -> int:
     if not found.speeds:
         say(out, "nothing could be timed; times stay as they were")
         return 1
-    calibration.replace_all(found.speeds)
+    speed_store.replace_all(found.speeds)
     return 0
 
 
@@ -137,21 +138,21 @@ def show_plan(
         print(json.dumps(made.to_json() | told | dict(more or {}), indent=1))
         return 0
     out = console()
+    if missing is not None:
+        say(out, f"MISSING DATA: {missing}", "bold red")
+        notes(
+            out,
+            "'run' and 'tokenize' will stop with this error. --data.path says where the data is; the plan "
+            "below has the recipe's own counts of images and classes.\n",
+        )
     print_plan(made, out, costs, forecasts)
     if missing is not None:
-        data = made.data
-        say(out, f"\nMISSING DATA: {missing}", "bold red")
-        say(
-            out,
-            f"'run' and 'tokenize' will stop with this error. Planned with the recipe's own counts "
-            f"({data.train_images} training and {data.val_images} validation images, "
-            f"{data.num_classes} classes); --data.path says where the data is.",
-        )
+        say(out, "the data is not there: see the top", "bold red")
     return 0
 
 
 def launch(made: Plan, jobs: Sequence[Job], check_data: CheckData) -> Result:
-    """Print the plan, then do what is missing of ``jobs``, under one display.
+    """Look for the data, print the plan, then do what is missing of ``jobs``, under one display.
 
     Args:
         check_data: asked for the images; they may be gone once the tokens are there.
@@ -162,8 +163,8 @@ def launch(made: Plan, jobs: Sequence[Job], check_data: CheckData) -> Result:
             started or written then.
     """
     out = console()
-    print_plan(made, out)
     check_images(made, check_data)
+    print_plan(made, out)
     made.write()
     jobs = recheck_tokens(jobs)
     display = Progress(out, len(made.allotment.slots))
@@ -323,7 +324,7 @@ def _calibrate(made: Plan, state: JobState, out: Console) -> None:
                 job.kind, job.folder, stage_of(job), machine, threads, launch_config, state.seconds
             )
         if speed is not None:
-            calibration.add(speed)
+            speed_store.add(speed)
     except (OSError, RecordsError) as error:  # records that cannot be read, a home that cannot be written
         say(out, f"note: this speed is not remembered: {error}")
 
@@ -364,12 +365,11 @@ def print_plan(
     made: Plan, out: Console, costs: Rates | None = None, forecasts: Forecasts | None = None
 ) -> None:
     out.print(plan_table(made, out.width, costs, forecasts.runs if forecasts else None))
-    notes = [*plan_notes(made), *(costs.notes(made) if costs else [])]
+    told = [*plan_notes(made), *(costs.notes(made) if costs else [])]
     if forecasts is not None:
-        notes.append("forecast: loss_last of a new run at 95 %, by the law fitted to the finished runs")
-        notes += [*surprises(forecasts), *([forecasts.note] if forecasts.note else [])]
-    for text in (*notes, *_warnings(made)):
-        say(out, text)
+        told.append("forecast: loss_last of a new run at 95 %, by the law fitted to the finished runs")
+        told += [*surprises(forecasts), *([forecasts.note] if forecasts.note else [])]
+    notes(out, *told, *_warnings(made))
 
 
 def _warnings(made: Plan) -> list[str]:
@@ -419,6 +419,17 @@ def tell_unreadable(made: Plan, out: Console) -> None:
                 out,
                 f"note: {count} unreadable {split} images were skipped; {tokens.path / 'log.txt'} names them",
             )
+
+
+def notes(out: Console, *texts: str) -> None:
+    """Notes of one or more lines, each wrapped between words and indented where it goes on."""
+    for text in texts:
+        for line in text.split("\n"):
+            indent = " " * (2 + len(line) - len(line.lstrip()))
+            for part in textwrap.wrap(
+                line, out.width, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False
+            ) or [""]:
+                say(out, part)
 
 
 def say(out: Console, text: str, style: str = "") -> None:

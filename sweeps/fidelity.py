@@ -13,14 +13,10 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from scaling.config import LaunchConfig, content_hash, to_dict
-from scaling.records import RecordsError, RunFolder, read_json
-from sweeps.attempts import REFUSED
-from sweeps.commands import console, tell
-from sweeps.jobs import PRODUCTS, Job, command, prepare, process_environment
-from sweeps.machine import allot, this_machine
-from sweeps.plan import stage_threads
-from sweeps.progress import Progress
-from sweeps.scheduler import Result, Scheduler
+from scaling.records import RunFolder, read_json
+from sweeps.commands import console
+from sweeps.jobs import PRODUCTS, Job, command, prepare
+from sweeps.single_job import run_alone
 from sweeps.where import Selection
 
 if TYPE_CHECKING:
@@ -61,7 +57,7 @@ def measure(selection: Selection, request: FidelityRequest) -> int:
         alone=True,
         recheck=True,
     )
-    code = _run(job, launch)
+    code = run_alone(job, launch)
     if code == 0:
         rows = read_json(folder.path / PRODUCTS["fidelity"])["runs"]
         out.print(fidelity_table(rows))
@@ -95,7 +91,7 @@ def train_classifier(root: Path, run: ClassifierRun, launch: LaunchConfig, finge
         launch=to_dict(launch),
         alone=True,
     )
-    code = 0 if job.state == "done" else _run(job, launch)
+    code = 0 if job.state == "done" else run_alone(job, launch)
     if code == 0:
         facts = read_json(folder.path / PRODUCTS["classifier"])["facts"]
         console().print(
@@ -105,26 +101,6 @@ def train_classifier(root: Path, run: ClassifierRun, launch: LaunchConfig, finge
             soft_wrap=True,
         )
     return code
-
-
-def _run(job: Job, launch: LaunchConfig) -> int:
-    """Run one job, with the machine to itself; the exit code.
-
-    Raises:
-        RecordsError: it refused; its own words.
-    """
-    out, machine = console(), this_machine(launch.device)
-    threads = stage_threads(launch, machine)
-    job = replace(job, environment=process_environment(launch, threads))
-    display = Progress(out, 1)
-    scheduler = Scheduler([job], allot(machine, launch, [0]).slots, on_tick=display.update)
-    with display:
-        result: Result = scheduler.run()
-    (state,) = result.states
-    if state.phase == "failed" and state.code == REFUSED:
-        raise RecordsError(state.reason)
-    tell(result, out)
-    return result.exit_code
 
 
 def fidelity_table(rows: list[dict[str, Any]]) -> Table:

@@ -1,7 +1,8 @@
 """Jobs: what a sweep starts as processes, and the folders that they work in.
 
 - A sweep has three kinds: tokenizers, their token caches, runs. Measuring pictures, training a classifier
-  (``sweeps.fidelity``) and timing a machine (``sweeps.probes``) are jobs by themselves. Each reads
+  (``sweeps.fidelity``), evaluating a model (``sweeps.evaluation``) and timing a machine (``sweeps.probes``)
+  are jobs by themselves. Each reads
   ``config.json`` and ``launch.json`` of its folder, so a command line holds paths only. A run needs its own
   tokens, and no other tokenizer's.
 - One process per run is started plainly; several through ``accelerate launch --multi_gpu``, which is also
@@ -46,6 +47,7 @@ PRODUCTS = {
     "run": "final/weights.safetensors",
     "fidelity": "measured.json",
     "classifier": "classifier.json",
+    "evaluation": "evaluated.json",
     "probe": "speed.json",
 }
 MODULES = {
@@ -54,9 +56,10 @@ MODULES = {
     "run": "scaling.trainer",
     "fidelity": "scaling.fidelity.job",
     "classifier": "scaling.fidelity.train_classifier",
+    "evaluation": "scaling.evaluate_job",
     "probe": "scaling.probe",
 }
-Kind = Literal["tokenizer", "tokens", "run", "fidelity", "classifier", "probe"]
+Kind = Literal["tokenizer", "tokens", "run", "fidelity", "classifier", "evaluation", "probe"]
 
 
 @dataclass(frozen=True)

@@ -113,8 +113,12 @@ def parse(arguments: Sequence[str], options: Sequence[Option]) -> dict[Keys, Any
     return values
 
 
-def help_text(options: Sequence[Option], current: Any) -> str:
-    """One entry per option with the present value from the dataclass ``current``, grouped by section."""
+def help_text(options: Sequence[Option], current: Any, width: int) -> str:
+    """One entry per option with the present value from the dataclass ``current``, grouped by section.
+
+    Args:
+        width: columns of the terminal.
+    """
     lines: list[str] = []
     section: Keys | None = None
     for option in sorted(options, key=lambda o: (len(o.path) > 1, o.path[:-1] if len(o.path) > 1 else ())):
@@ -124,8 +128,12 @@ def help_text(options: Sequence[Option], current: Any) -> str:
         value = current
         for key in option.path:
             value = getattr(value, key)
-        lines.append(f"  {option.flag} {option.metavar}   [{_shown(value)}]")
-        lines += textwrap.wrap(option.doc, 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        entry = f"  {option.flag} {option.metavar}   [{_shown(value)}]"
+        for text, first in ((entry, ""), (option.doc, " " * 6)):
+            lines += textwrap.wrap(  # options and file names are not cut at their hyphens
+                text, width, initial_indent=first, subsequent_indent=" " * 6,
+                break_on_hyphens=False, break_long_words=False, replace_whitespace=False,
+            )  # fmt: skip
     return "\n".join(lines)
 
 

@@ -19,7 +19,8 @@ from typing import Any
 from scaling.config import DataConfig, LaunchConfig, RunConfig, TokenizerRunConfig, to_dict
 from scaling.flops import checkpoint_bytes, params, params_total, spent, token_bytes
 from scaling.records import ListedRun, RunFolder, write_json
-from sweeps.calibration import Calibration, Estimate, cached_images, closed_memory, load, training_flops
+from sweeps import speed_store
+from sweeps.calibration import Calibration, Estimate, cached_images, closed_memory, training_flops
 from sweeps.devices import Device
 from sweeps.jobs import PACKAGE_ROOT, Folders, Job, prepare, run_job, tokenizer_jobs
 from sweeps.machine import PROCESS_BYTES, Allotment, Machine, allot, gpu_groups
@@ -242,7 +243,7 @@ def make_plan(
     launch, folders = recipe.launch, Folders(root, root / recipe.name)
     if stated is not None:
         machine, launch = stated.machine(machine, launch), dataclasses.replace(launch, device="cuda")
-    calibration = Calibration() if stated is not None else load()
+    calibration = Calibration() if stated is not None else speed_store.load()
     memories = [closed_memory(c, machine, launch) for c in configs]
     allotment = allot(machine, launch, memories, chosen_per_gpu(configs, calibration, machine, launch))
 

@@ -1,8 +1,9 @@
 """Calibration before anything has run: a minute of short real training on the device at hand.
 
-- Each tokenizer is timed by itself, as it will be trained; two or three depths of every family (the smallest,
-  the largest, and one between where there is one family) with every place of the machine taken by the same
-  depth, as the runs will share it. Other depths follow from these as from finished runs.
+- Each tokenizer is timed by itself, as it will be trained, and then the encoding of its tokens: the start of
+  each is measured too. Two or three depths of every family follow (the smallest, the largest, and one between
+  where there is one family), with every place of the machine taken by the same depth, as the runs will share
+  it. Other depths follow from these as from finished runs.
 - On GPUs whose sharing is not set, the depths are timed again with 2, 4, … runs on each, for as long as the
   sweep would end sooner (``sweeps.packing``).
 - What the probes leave takes the form of a finished job's entry, so that a plan is told in one way only.
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +22,7 @@ from typing import Any, Literal
 from scaling.config import ConfigError, LaunchConfig, RunConfig, TokenizerRunConfig, to_dict
 from scaling.flops import spent
 from scaling.records import RunFolder, read_json
-from sweeps import calibration
+from sweeps import calibration, speed_store
 from sweeps.calibration import ImageSpeed, RunSpeed
 from sweeps.jobs import PRODUCTS, Job, command, prepare, process_environment
 from sweeps.machine import MEMORY_SHARE, PROCESS_BYTES, Allotment, Machine, allot, gpu_groups
@@ -30,6 +31,10 @@ from sweeps.scheduler import JobState, Result, Scheduler
 
 SECONDS = 5.0
 """Of measured training per probe; its start, evaluation, checkpoint and pictures come to about as much."""
+TOKENS_SHARE = 0.5
+"""Of that for the encoding of tokens, every batch of which is like the others."""
+Stage = Literal["tokenizer", "tokens"]
+STAGES: tuple[Stage, ...] = ("tokenizer", "tokens")
 
 
 @dataclass(frozen=True)
@@ -73,12 +78,15 @@ def probe_machine(
     chosen, notes = _chosen(runs, machine, launch, allotment)
     speeds: list[RunSpeed | ImageSpeed] = []
     try:
+        parts = [(kind, stage) for stage in stages for kind in STAGES]
         jobs = [
-            _stage_job(folder / f"stage-{i}", s, launch, stage_threads, seconds) for i, s in enumerate(stages)
+            _stage_job(kind, folder / f"{kind}-{i}", stage, launch, stage_threads, seconds)
+            for i, (kind, stage) in enumerate(parts)
         ]
         result = _launch(jobs, allotment, on_tick)
-        for state, stage in zip(result.states, stages, strict=True):
-            speeds += _stage_speeds(state, stage, machine, launch, stage_threads)
+        for state, (kind, stage) in zip(result.states, parts, strict=True):
+            if state.phase == "done":
+                speeds.append(_stage_speed(kind, _read(state), stage, machine, launch, stage_threads))
         number, divided = allotment.per_gpu, allotment
         while not result.interrupted:
             part = folder / f"runs-{number}"
@@ -196,14 +204,16 @@ def _run_job(folder: Path, run: RunConfig, launch: LaunchConfig, threads: int, s
 
 
 def _stage_job(
-    folder: Path, stage: TokenizerRunConfig, launch: LaunchConfig, threads: int, seconds: float
+    kind: Stage, folder: Path, stage: TokenizerRunConfig, launch: LaunchConfig, threads: int, seconds: float
 ) -> Job:
-    job = _job("stage", f"timing {stage.run_id}", folder, stage, launch, threads, seconds, 0.0)
+    if kind == "tokens":
+        seconds *= TOKENS_SHARE
+    job = _job(kind, f"timing {kind} {stage.run_id}", folder, stage, launch, threads, seconds, 0.0)
     return replace(job, alone=True)
 
 
 def _job(
-    what: Literal["run", "stage"],
+    what: Literal["run", "tokenizer", "tokens"],
     name: str,
     folder: Path,
     config: RunConfig | TokenizerRunConfig,
@@ -249,37 +259,40 @@ def _run_speed(
         evaluation_flops_per_second=mean("evaluation_flops_per_second"),
         other_seconds=mean("beside"),
         checkpoint_seconds=mean("checkpoint_seconds"),
-        points=max(calibration.LOG_POINTS, int(mean("steps"))),
+        points=max(speed_store.LOG_POINTS, int(mean("steps"))),
         peak_memory=max(int(f["peak_memory"]) for f in found),
+        waited=max((f["waited"] for f in found if f["waited"] is not None), default=None),
     )  # fmt: skip
 
 
-def _stage_speeds(
-    state: JobState, stage: TokenizerRunConfig, machine: Machine, launch: LaunchConfig, threads: int
-) -> Iterator[ImageSpeed]:
-    """Of the tokenizer's training and of its tokens; none where it could not be timed."""
-    if state.phase != "done":
-        return
-    found, train = _read(state), stage.train
-    evaluations = 1 + sum(
-        train.autoencode_steps < step < train.steps
-        for step in range(train.checkpoint_every, train.steps, train.checkpoint_every)
-    )
-    checkpoints = -(-train.steps // train.checkpoint_every)
-    other = {
-        "tokenizer": found["beside"]
-        + found["once_seconds"]
-        + evaluations * found["evaluation_seconds"]
-        + checkpoints * found["checkpoint_seconds"],
-        "tokens": found["beside"],
-    }
-    speed = {"tokenizer": found["images_per_second"], "tokens": found["encoded_per_second"]}
-    # A token job that has run tells its speed once: it is better than this one, and must replace it.
-    points = {"tokenizer": max(calibration.LOG_POINTS, found["steps"]), "tokens": 0}
-    kinds: tuple[Literal["tokenizer", "tokens"], ...] = ("tokenizer", "tokens")
-    for kind in kinds:
-        yield ImageSpeed(
-            kind, machine.name, threads, launch.processes, calibration.image_precision(kind, stage),
-            calibration.image_shape(stage), speed[kind], other[kind], points[kind],
-            calibration.image_settings(kind, stage, launch), stage.tokenizer.quantizer,
-        )  # fmt: skip
+def _stage_speed(
+    kind: Stage,
+    found: dict[str, Any],
+    stage: TokenizerRunConfig,
+    machine: Machine,
+    launch: LaunchConfig,
+    threads: int,
+) -> ImageSpeed:
+    """Of a tokenizer's training or of its tokens."""
+    train = stage.train
+    if kind == "tokenizer":
+        evaluations = 1 + sum(
+            train.autoencode_steps < step < train.steps
+            for step in range(train.checkpoint_every, train.steps, train.checkpoint_every)
+        )
+        checkpoints = -(-train.steps // train.checkpoint_every)
+        speed, points = found["images_per_second"], max(speed_store.LOG_POINTS, found["steps"])
+        other = (
+            found["beside"]
+            + found["once_seconds"]
+            + evaluations * found["evaluation_seconds"]
+            + checkpoints * found["checkpoint_seconds"]
+        )
+    else:
+        # A token job that has run tells its speed once: it is better than this one, and must replace it.
+        speed, points, other = found["sequences_per_second"], 0, found["beside"]
+    return ImageSpeed(
+        kind, machine.name, threads, launch.processes, calibration.image_precision(kind, stage),
+        calibration.image_shape(stage), speed, other, points,
+        calibration.image_settings(kind, stage, launch), stage.tokenizer.quantizer, found.get("waited"),
+    )  # fmt: skip

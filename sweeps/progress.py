@@ -1,16 +1,20 @@
 """One display for a whole sweep: a live table on a terminal, a line every 15 seconds elsewhere.
 
-Everything shown is read from the jobs' ``status.json``; the display holds no state that a job needs. Time
-left is from the speed seen since this launcher started, for jobs that wait from the speed of those that ran,
-or from the machine's calibration.
+- Everything shown is read from the jobs' ``status.json``; the display holds no state that a job needs.
+- Time left is from the speed of the last minute, not since the start: a machine may slow down. For jobs that
+  wait it is what the plan expects, times how much slower than expected the last job with a step was; where
+  the plan knows nothing, from their FLOPs at that job's speed.
+- A token cache that was whole before is looked through, not made: it is told as ``checking``, and has steps
+  again only where a shard is damaged.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 
 import rich.progress
@@ -21,12 +25,19 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from sweeps.packing import makespan
-from sweeps.scheduler import JobState
+from sweeps.scheduler import ENDED, JobState
 from sweeps.tables import duration, number
 
 LINE_SECONDS = 15.0
 LIVE_SECONDS = 0.5
 MOST_ROWS = 30
+RECENT_SECONDS = 60.0
+"""Of the past that a speed is told from."""
+LEAST_MARKS = 3
+"""Changes of the step that it is told from at least, however long ago: large models report rarely."""
+WIDE = 100
+"""Columns from which there is room for long bars."""
+AT_WORK = ("running", "elsewhere", "checking")
 
 
 @dataclass(frozen=True)
@@ -44,19 +55,52 @@ class Row:
     """Seconds."""
 
 
+@dataclass
+class Pace:
+    """Steps per second lately, from when the step was seen to change."""
+
+    marks: deque[tuple[float, int]] = field(default_factory=deque)
+    """Seconds and step."""
+
+    def see(self, now: float, step: int) -> None:
+        """Take note of the step; one that was seen before says nothing new."""
+        if self.marks and step < self.marks[-1][1]:  # started again, from an earlier checkpoint
+            self.marks.clear()
+        if not self.marks or step > self.marks[-1][1]:
+            self.marks.append((now, step))
+        while len(self.marks) > LEAST_MARKS and now - self.marks[1][0] > RECENT_SECONDS:
+            self.marks.popleft()
+
+    def seconds_left(self, now: float, total: int) -> float | None:
+        """Until ``total`` steps; None before two changes, or a second, were seen.
+
+        Between two reports time passes as expected; a report that is overdue slows the pace down.
+        """
+        (start, first), (last, step) = self.marks[0], self.marks[-1]
+        if step <= first or last - start < 1.0:
+            return None
+        waited, usual = now - last, (last - start) / (len(self.marks) - 1)
+        late = max(0.0, waited - usual)
+        per_step = (last - start + late) / (step - first)
+        return max(0.0, (total - step) * per_step - min(waited, usual))
+
+
 class Progress:
     """The display; ``update`` is the scheduler's ``on_tick``."""
 
     def __init__(self, console: Console, places: int, quiet: bool = False) -> None:
-        """``quiet``: say of jobs that ended only what went wrong."""
+        """``quiet``: leave nothing behind and say nothing of jobs that ended; whoever asks for it does."""
         self.console = console
         self.places = places
         self.quiet = quiet
-        self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
+        self._live: Live | None = None
+        if console.is_terminal:
+            self._live = Live(console=console, auto_refresh=False, transient=quiet)
         self._shown = 0.0
         self._phases: dict[str, str] = {}
-        self._first: dict[str, tuple[float, int]] = {}
+        self._paces: dict[str, Pace] = {}
         self._flops_per_second: float | None = None
+        self._slowness: float | None = None
 
     def __enter__(self) -> Progress:
         if self._live:
@@ -81,8 +125,8 @@ class Progress:
         rows = [self.row(s) for s in states]
         left = self.time_left(states, rows)
         if self._live:
-            self._live.update(_table(rows, left), refresh=True)
-        elif any(r.phase in ("running", "elsewhere") for r in rows):
+            self._live.update(_table(rows, left, self.console.width), refresh=True)
+        elif any(r.phase in AT_WORK for r in rows):
             self.console.print(line(rows, left), highlight=False, markup=False, soft_wrap=True)
 
     def row(self, state: JobState) -> Row:
@@ -97,6 +141,8 @@ class Progress:
         # Until the job itself has written, status.json speaks of an earlier attempt.
         if state.started is not None and status.get("heartbeat", 0) < state.started:
             step = None
+        if state.checks and (step is None or step == total):
+            return Row(name, kind, "checking", None, None, None, None, 0.0)
         left = self._time_left_of(state, step, total) if step is not None and total else None
         speed = status.get("images_per_second")
         return Row(name, kind, state.phase, step, total, status.get("loss"), speed, left)
@@ -107,7 +153,9 @@ class Progress:
         for state, row in sorted(zip(states, rows, strict=True), key=lambda p: -p[0].job.weight):
             if row.phase in ("done", "failed", "interrupted", "blocked"):
                 continue
-            seconds = row.left if row.left is not None else state.job.seconds
+            seconds = 0.0 if state.checks and row.left is None else row.left
+            if seconds is None and state.job.seconds is not None:
+                seconds = state.job.seconds * (self._slowness or 1.0)
             if seconds is None and self._flops_per_second and state.job.weight:
                 seconds = state.job.weight / self._flops_per_second
             if seconds is None:
@@ -119,14 +167,16 @@ class Progress:
         return alone + makespan(side_by_side, self.places)
 
     def _time_left_of(self, state: JobState, step: int, total: int) -> float | None:
-        now = time.monotonic()
-        since, first = self._first.setdefault(state.job.name, (now, step))
-        if step <= first or now - since < 1.0:
-            return None
-        speed = (step - first) / (now - since)
-        if state.job.weight:
-            self._flops_per_second = speed * state.job.weight / total
-        return (total - step) / speed
+        now, pace = time.monotonic(), self._paces.setdefault(state.job.name, Pace())
+        pace.see(now, step)
+        left, job = pace.seconds_left(now, total), state.job
+        if left and total > step:
+            whole = left * (total - job.start) / (total - step)  # of what it does itself
+            if job.weight:
+                self._flops_per_second = job.weight / whole
+            if job.seconds:
+                self._slowness = whole / job.seconds
+        return left
 
     def _events(self, states: Sequence[JobState]) -> list[str]:
         events = []
@@ -136,11 +186,14 @@ class Progress:
             if before in (None, state.phase):
                 continue
             clock = time.strftime("%H:%M:%S")
-            if state.phase == "done" and not self.quiet:
+            if self.quiet and state.phase in ENDED:
+                continue
+            if state.phase == "done":
                 loss = state.job.folder.status().get("loss")
                 at = f", loss {loss:.3f}" if isinstance(loss, float) else ""
                 took = f" in {duration(state.seconds)}" if state.started else " by another launcher"
-                events.append(f"{clock}  done: {state.job.name}{took}{at}")
+                what = "checked and whole" if state.checks else "done"
+                events.append(f"{clock}  {what}: {state.job.name}{took}{at}")
             elif state.phase == "waiting":
                 pause = max(0.0, state.not_before - time.monotonic())
                 events.append(f"{clock}  {state.job.name}: {state.reason}; again in {duration(pause)}")
@@ -170,7 +223,10 @@ def line(rows: Sequence[Row], left: float | None) -> str:
     done = f"{sum(r.phase == 'done' for r in runs)}/{len(runs)} runs done"
     parts = [f"{time.strftime('%H:%M:%S')}  {done}"] if runs else [time.strftime("%H:%M:%S")]
     for row in rows:
-        if row.phase not in ("running", "elsewhere"):
+        if row.phase not in AT_WORK:
+            continue
+        if row.phase == "checking":
+            parts.append(f"{row.name}: checking what is there")
             continue
         text = f"{row.name} {row.step if row.step is not None else '-'}/{row.total or '-'}"
         text += f" loss {row.loss:.3f}" if row.loss is not None else ""
@@ -181,20 +237,21 @@ def line(rows: Sequence[Row], left: float | None) -> str:
     return " · ".join(parts)
 
 
-def _table(rows: Sequence[Row], left: float | None) -> Table:
+def _table(rows: Sequence[Row], left: float | None, width: int) -> Table:
     done, total = sum(r.phase == "done" for r in rows), len(rows)
     title = f"{done} of {total} jobs done" + (f", about {duration(left)} left" if left is not None else "")
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     table.add_column("job", no_wrap=True)
-    table.add_column("", width=24)
+    bar_width = 24 if width >= WIDE else 10
+    table.add_column("", width=bar_width)
     for heading in ("step", "train loss", "images/s", "left"):
         table.add_column(heading, justify="right", no_wrap=True)
     shown = rows if total <= MOST_ROWS else [r for r in rows if r.phase not in ("done", "waiting")]
     for row in shown:
         if row.phase in ("running", "elsewhere") and row.step is not None and row.total:
-            bar: ProgressBar | str = ProgressBar(total=row.total, completed=row.step, width=24)
+            bar: ProgressBar | str = ProgressBar(total=row.total, completed=row.step, width=bar_width)
         elif row.phase == "done":
-            bar = ProgressBar(total=1, completed=1, width=24)
+            bar = ProgressBar(total=1, completed=1, width=bar_width)
         else:
             bar = "starting" if row.phase == "running" else row.phase
         table.add_row(

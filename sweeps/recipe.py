@@ -375,12 +375,17 @@ def _check_axes_values(recipe: Recipe, source: Source) -> None:
             from_dict(cls, values, source.locate, (part, section))
 
 
+def shipped_recipes() -> dict[str, Path]:
+    """The files of the recipes that come with this program, by name."""
+    return {file.stem: file for file in sorted(SHIPPED.glob("*.yaml"))}
+
+
 def find_recipe(name: str | Path) -> Path:
     """The file of a recipe given by path or by the name of a shipped one."""
     path = Path(name)
     if path.is_file():
         return path
-    shipped = {file.stem: file for file in sorted(SHIPPED.glob("*.yaml"))}
+    shipped = shipped_recipes()
     if str(name) in shipped:
         return shipped[str(name)]
     if path.is_dir():

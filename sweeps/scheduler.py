@@ -55,6 +55,8 @@ class JobState:
     """Unix time of the start by this launcher."""
     seconds: float = 0.0
     """From start to end, once it has ended."""
+    checks: bool = False
+    """Was done before this launcher: it is started to look through what is there."""
     from_scratch: bool = False
     """Started by this launcher with nothing done before."""
     slot: int | None = None
@@ -130,8 +132,8 @@ class Scheduler:
 
     def __post_init__(self) -> None:
         self.states = [
-            JobState(job, "done" if job.state == "done" and not job.recheck else "waiting")
-            for job in self.jobs
+            JobState(job, "done" if done and not job.recheck else "waiting", checks=done)
+            for job, done in ((job, job.state == "done") for job in self.jobs)
         ]
 
     def run(self) -> Result:

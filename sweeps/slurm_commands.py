@@ -18,7 +18,7 @@ from rich.console import Console
 from scaling.config import ConfigError, RunConfig
 from scaling.flops import checkpoint_bytes
 from scaling.records import RecordsError
-from sweeps import calibration, commands, slurm
+from sweeps import commands, slurm, speed_store
 from sweeps.calibration import Calibration, closed_memory, micro_batch
 from sweeps.commands import CheckData, Resolve, recheck_tokens
 from sweeps.jobs import Job
@@ -69,7 +69,7 @@ def plan(recipe: Recipe, root: Path, resolve: Resolve, options: SlurmOptions) ->
 
 def requests(made: Plan, options: SlurmOptions) -> dict[Path, Resources]:
     """What each job asks for, by its folder: memory, and a time limit where the plan knows a time."""
-    launch, known = made.recipe.launch, calibration.load()
+    launch, known = made.recipe.launch, speed_store.load()
     found = {}
     for job in made.jobs:
         if isinstance(job.config, RunConfig):
@@ -161,15 +161,15 @@ def _notes(asked: Mapping[Path, Resources], options: SlurmOptions) -> list[str]:
 
 
 def submit(made: Plan, check_data: CheckData, options: SlurmOptions, wait: bool) -> Result:
-    """Print the plan, then hand what is missing to Slurm; with ``wait`` stay until all has ended.
+    """Look for the data, print the plan, hand what is missing to Slurm; with ``wait`` stay until the end.
 
     Raises:
         ConfigError: no data; no Slurm, or it refuses.
         RecordsError: as ``commands.launch``; Slurm does not answer.
     """
     out = commands.console()
-    commands.print_plan(made, out)
     commands.check_images(made, check_data)
+    commands.print_plan(made, out)
     made.write()
     clear(made.run_jobs)  # what branches that are done have left
     jobs, sweep = after_trunks(recheck_tokens(made.jobs)), made.folders.sweep

@@ -46,7 +46,7 @@ from typing import IO, Any
 
 from scaling.config import ConfigError, LaunchConfig, RunConfig, TokenizerRunConfig, from_dict, to_dict
 from scaling.records import RecordsError, RunFolder, read_json, write_json
-from sweeps import calibration
+from sweeps import calibration, speed_store
 from sweeps.attempts import DONE, FAILED, INTERRUPTED, REFUSED, Attempts, End
 from sweeps.jobs import HANG, command, process_environment
 from sweeps.machine import Allotment, Machine
@@ -201,7 +201,7 @@ def _remember(entry: Entry, seconds: float) -> None:
                 kind, entry.folder, stage, machine, allotment.threads, launch, seconds
             )
         if speed is not None:
-            calibration.add(speed)
+            speed_store.add(speed)
     except (OSError, ConfigError, RecordsError) as error:
         entry.say(f"this speed is not remembered: {error}")
 

@@ -1,8 +1,8 @@
 """Where every job of a started sweep stands, once or over and over; read from its folders alone, no torch.
 
 Nothing is planned, resolved or locked for it: it works from any machine that sees the folders, while runs are
-going and after. A running job's time left follows from its speed, that of a waiting run from its FLOPs at the
-speed of the runs of its family.
+going and after. A running job's time left follows from the speed that it told last, that of a waiting run
+from its FLOPs at the speed of the runs of its family that are going now, or were last.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from scaling.config import ConfigError, RunConfig, from_dict
 from scaling.flops import spent
-from scaling.records import RecordsError, RunFolder
+from scaling.records import RecordsError, RunFolder, read_json
 from sweeps.fold import Line, folded
 from sweeps.forecasts import Forecasts, MakeForecasts, Point, point_of, surprises
 from sweeps.packing import makespan
@@ -45,6 +45,8 @@ class Standing:
     """Of a run whose ``config.json`` this program can read."""
     seen: Seen | None = None
     """What Slurm says of it, if it was handed to Slurm."""
+    whole: bool = False
+    """A token cache that was finished before, so that a job on it only looks through it."""
 
     @property
     def age(self) -> float | None:
@@ -62,6 +64,8 @@ class Standing:
         state, _ = standing(str(self.status["state"]), self.seen, beats(self.status))
         if state == "failed" and self.status.get("cause") == "diverged":
             return "diverged"
+        if state == "running" and self.whole and self.status.get("step") == self.status.get("total_steps"):
+            return "checking"
         return "running? (no heartbeat)" if state == "running" and not beats(self.status) else state
 
     @property
@@ -125,12 +129,17 @@ class SweepStatus:
         return makespan(sorted((t or 0.0 for t in times), reverse=True), at_once)
 
     def _speeds(self) -> dict[str, float]:
-        by_family: dict[str, list[float]] = {}
+        """FLOP/s by family: of the runs that are going, else of the one heard of last."""
+        by_family: dict[str, list[Standing]] = {}
         for job in self.jobs:
-            speed = job.flops_per_second
-            if job.config is not None and speed is not None:
-                by_family.setdefault(job.config.model.family, []).append(speed)
-        return {family: statistics.median(found) for family, found in by_family.items()}
+            if job.config is not None and job.flops_per_second is not None:
+                by_family.setdefault(job.config.model.family, []).append(job)
+        speeds = {}
+        for family, found in by_family.items():
+            last = max(found, key=lambda job: float(job.status.get("heartbeat", 0.0)))
+            recent = [job for job in found if job.alive] or [last]
+            speeds[family] = statistics.median(job.flops_per_second or 0.0 for job in recent)
+        return speeds
 
     def table(self, width: int) -> Group:
         """One row per job."""
@@ -149,7 +158,7 @@ class SweepStatus:
                         if "step" in status
                         else "",
                         "train loss": f"{loss:.3f}" if isinstance(loss, float) else "",
-                        "images/s": number(speed) if speed else "",
+                        "images/s": number(speed) if speed and job.state != "checking" else "",
                         "left": duration(left) if left and status["state"] != "done" else "",
                         "heartbeat": f"{duration(age)} ago" if age is not None else "",
                         "Slurm": job.seen.id if job.seen is not None else "",
@@ -195,7 +204,9 @@ def read_status(
     """
     jobs = []
     for name, folder in sweep_folders(sweep):
-        jobs.append(Standing(name, folder.status(), _config(folder), (seen or {}).get(folder.path)))
+        status, of_slurm = folder.status(), (seen or {}).get(folder.path)
+        whole = status["state"] == "running" and _whole(folder)
+        jobs.append(Standing(name, status, _config(folder), of_slurm, whole))
     forecasts = None
     if make_forecasts is not None:
         points = {job.name: point_of(job.config) for job in jobs if job.config is not None}
@@ -254,6 +265,12 @@ def _config(folder: RunFolder) -> RunConfig | None:
         return from_dict(RunConfig, value) if "model" in value else None
     except (ConfigError, RecordsError):
         return None
+
+
+def _whole(folder: RunFolder) -> bool:
+    """Whether it holds a token cache that was finished once."""
+    manifest = folder.path / "manifest.json"
+    return manifest.exists() and bool(read_json(manifest)["complete"])
 
 
 def _names(jobs: Sequence[Standing], width: int) -> list[str]:

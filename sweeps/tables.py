@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from sweeps.forecasts import Forecast
     from sweeps.plan import Plan, PlannedRun
 
+BUSY = 0.1
+"""Share of a calibration's time without a core from which that is told; plans are to be right within 25 %."""
 WIDE = 140
 """Columns from which run ids are shown with their hashes."""
 
@@ -251,45 +253,48 @@ def _time_note(plan: Plan) -> str:
     pairs = _with_estimates(plan)
     stages = list(zip(plan.stage_jobs, plan.estimates, strict=False))
     several = len(plan.recipe.families) > 1
+    lines = ["time: of each row by itself; ~ where it was not measured"]
     measured = [run for run, found in pairs if found and found.measured]
-    parts = []
     if measured:
-        parts.append(f"{_depths(measured, several)} at the speed last measured at that depth on this machine")
+        lines.append(f"{_depths(measured, several)}: as last measured on this machine")
     for family in plan.recipe.families:
         near = [(r, found) for r, found in pairs if found and not found.measured and r.family == family]
         if near:
             used = sorted({depth for _, found in near for depth in found.depths})
-            parts.append(
-                f"~ {_depths([run for run, _ in near], several)} by FLOPs, from the speed of "
-                f"{_several(len(used), 'measured depth')} ({_listed(used)})"
+            lines.append(
+                f"~ {_depths([run for run, _ in near], several)}: by FLOPs, at the speed of {_listed(used)}"
             )
     others = [r for r, found in pairs if found and not found.measured and not found.same_settings]
     if others:
-        parts.append(
-            f"{_depths(others, several)} from runs with another batch, micro-batch, attention or number of "
-            "runs at once, or compiled otherwise"
+        lines.append(
+            f"~ {_depths(others, several)}: from runs with another batch, micro-batch, attention, compiling "
+            "or number of runs at once"
         )
     changed = [job.name for job, found in stages if found and not found.measured]
     if changed:
-        parts.append(
-            f"~ {' and '.join(changed)} from one with another batch or other losses, or of an unknown batch"
-        )
+        lines.append(f"~ {', '.join(changed)}: from one with another batch or other losses")
     missing = [job.name for job, found in stages if found is None]
     if missing:
-        parts.append(f"unknown for {' and '.join(missing)}: none of this shape has finished on this machine")
+        lines.append(f"- {', '.join(missing)}: nothing of this shape was measured on this machine")
     unknown = [run for run, found in pairs if found is None]
     if unknown:
         launch = plan.recipe.launch
         precisions = sorted(
             {c.train.precision for c, (_, found) in zip(plan.configs, pairs, strict=True) if not found}
         )
-        parts.append(
-            f"unknown for {_depths(unknown, several)}: no run{' of the family' if several else ''} has "
-            f"finished on this machine with {_several(launch.processes, 'process', 'processes')} of "
+        lines.append(
+            f"- {_depths(unknown, several)}: no run{' of the family' if several else ''} was measured with "
+            f"{_several(launch.processes, 'process', 'processes')} of "
             f"{_several(plan.allotment.threads, 'thread')} in {' or '.join(precisions)}"
             + (f" on {launch.machines} machines" if launch.machines > 1 else "")
         )
-    return "time: of each row by itself; " + "; ".join(parts)
+    waited = max((found.waited for found in plan.estimates if found), default=0.0)
+    if waited > BUSY:
+        lines.append(
+            f"calibrated while the machine was busy: other programs had its cores {waited:.0%} of the time; "
+            "times are of such a machine: --calibrate again when it is quiet"
+        )
+    return "\n  ".join(lines)
 
 
 def _with_estimates(plan: Plan) -> list[tuple[PlannedRun, Estimate | None]]:
@@ -321,7 +326,11 @@ def started_sweep(sweep: Path) -> tuple[ListedRun, ...]:
         RecordsError: not started yet, or damaged.
     """
     if not (sweep / "sweep.json").exists():
-        raise RecordsError(f"{sweep}: no such sweep yet; 'run' with the same recipe and --root starts it")
+        there = sorted(file.parent.name for file in sweep.parent.glob("*/sweep.json"))
+        others = f"; sweeps in {sweep.parent}: {', '.join(there)}" if there else ""
+        raise RecordsError(
+            f"{sweep}: no such sweep yet; 'run' with the same recipe and --root starts it{others}"
+        )
     return read_sweep(sweep).runs
 
 

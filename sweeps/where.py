@@ -1,15 +1,17 @@
-"""Where the sweeps and runs lie that a command line names: a recipe's name, a sweep's folder or a run's."""
+"""Where the sweeps and runs lie that a command line names: by a recipe, a sweep's folder or name, or a run's
+folder."""
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scaling.config import ConfigError
-from scaling.records import IMPORTED, ListedRun, RecordsError, RunFolder
-from sweeps.recipe import SHIPPED, load_recipe
+from scaling.records import IMPORTED, ListedRun, RecordsError, RunFolder, read_sweep
+from sweeps.recipe import load_recipe, shipped_recipes
 from sweeps.tables import started_sweep
 
 if TYPE_CHECKING:
@@ -22,13 +24,61 @@ def sweep_at(where: str, root: str, name: str | None) -> Path | None:
     Args:
         root: the folder of all sweeps.
         name: of a recipe, the sweep's folder under the root; the recipe's own name when None.
+
+    Raises:
+        ConfigError: a sweep here and one under the root have this name; ``name`` for what is no recipe.
     """
-    for folder in (Path(where), Path(root) / where):
-        if (folder / "sweep.json").exists():
-            return folder
-    if Path(where).suffix not in (".yaml", ".yml") and not (SHIPPED / f"{where}.yaml").exists():
-        return None
-    return Path(root) / (load_recipe(where).name if name is None else name)
+    recipe = Path(where).suffix in (".yaml", ".yml") or where in shipped_recipes()
+    if recipe and name is not None:
+        return Path(root) / name
+    known = [f for f in (Path(where), Path(root) / where) if (f / "sweep.json").exists()]
+    if not known:
+        return Path(root) / load_recipe(where).name if recipe else None
+    if name is not None:
+        raise ConfigError(f"--name is for a recipe, and {where} is a sweep itself; leave it out")
+    if len({folder.resolve() for folder in known}) > 1:
+        raise ConfigError(
+            f"{where} is a sweep here and another one in {root}: give {known[0].absolute()} or {known[1]}"
+        )
+    return known[0]
+
+
+def known_sweep(where: str, root: str, name: str | None) -> Path:
+    """The folder of the sweep that ``where`` names, as ``sweep_at``.
+
+    Raises:
+        ConfigError: as ``sweep_at``; neither a sweep nor a recipe, with the nearest that are there.
+    """
+    sweep = sweep_at(where, root, name)
+    if sweep is None and Path(where).is_file():
+        sweep = Path(root) / (load_recipe(where).name if name is None else name)
+    if sweep is not None:
+        return sweep
+    names = dict.fromkeys([*sweeps_in(root), *shipped_recipes()])
+    hint = _nearest(where, root) or f"there are {', '.join(names)}"
+    raise ConfigError(
+        f"{where}: neither a recipe, nor a sweep's folder, nor a sweep's name in {root}; {hint}"
+    )
+
+
+def _nearest(where: str, root: str) -> str:
+    """The sweeps and recipes that may have been meant, as a question; nothing where none is called alike."""
+    near = difflib.get_close_matches(where, {*sweeps_in(root), *shipped_recipes()}, n=2, cutoff=0.5)
+    return f"did you mean {' or '.join(near)}?" if near else ""
+
+
+def refuse_sweep(command: str, where: str, root: str) -> None:
+    """``ConfigError`` with the way out where a sweep is named and its recipe is needed."""
+    if where in shipped_recipes() or Path(where).is_file():
+        return
+    if (sweep := sweep_at(where, root, None)) is not None and (sweep / "sweep.json").exists():
+        started = read_sweep(sweep).value.get("command", "another program")
+        raise ConfigError(f"'{command}' needs a recipe; {where} is a sweep, which was started by: {started}")
+
+
+def sweeps_in(root: str | Path) -> list[str]:
+    """Names of the sweeps under a root."""
+    return sorted(file.parent.name for file in Path(root).glob("*/sweep.json"))
 
 
 def finished_run(sweep: Path, depth: int, family: str | None = None) -> tuple[RunFolder, Path]:
@@ -132,7 +182,11 @@ def selected(where: str, request: FidelityRequest) -> Selection:
         return finished_runs(sweep, request.depth, request.family)
     run = RunFolder(where)
     if not (run.path / "config.json").exists():
-        raise ConfigError(f"{where}: neither a recipe, nor a sweep's folder, nor a run's")
+        hint = _nearest(where, request.root)
+        raise ConfigError(
+            f"{where}: neither a recipe, nor a sweep's name or folder, nor a run's folder"
+            + (f"; {hint}" if hint else "")
+        )
     if request.depth is not None or request.family is not None:
         raise ConfigError(f"{where} is a single run; --depth and --family choose among the runs of a sweep")
     state = run.status()["state"]
@@ -149,6 +203,8 @@ def model_at(where: str, choice: ModelChoice) -> tuple[str, str | None]:
     """
     sweep = sweep_at(where, choice.root, choice.name)
     if sweep is None:
+        if not Path(where).exists() and (hint := _nearest(where, choice.root)):
+            raise ConfigError(f"{where}: no such sweep, recipe, run or checkpoint; {hint}")
         return where, choice.tokenizer
     if choice.depth is None:
         raise ConfigError(f"{where} is a sweep: --depth says which of its runs")

@@ -18,6 +18,7 @@ TORCH_FREE = (
 )
 OPEN_TO_SWEEPS = {"scaling", "scaling.config", "scaling.flops", "scaling.records"}
 OPEN_TO_ANALYSIS = {"scaling", "scaling.records"}
+BEHIND_CONFIG = ("scaling.data.config", "scaling.tokenizer.config")
 
 
 def module_name(file: Path) -> str:
@@ -86,10 +87,10 @@ def test_scaling_knows_neither_sweeps_nor_analysis(module: str) -> None:
 
 
 def test_configurations_are_imported_from_one_place() -> None:
-    """``scaling.tokenizer.config`` stands behind ``scaling.config``; its dataclasses have one address."""
+    """Those of images and tokenizers stand behind ``scaling.config``; their dataclasses have one address."""
     for module, file in MODULES.items():
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and node.module == "scaling.tokenizer.config":
+            if isinstance(node, ast.ImportFrom) and node.module in BEHIND_CONFIG:
                 names = {alias.name for alias in node.names if alias.name.endswith("Config")}
                 assert not names or module == "scaling.config", module
 
@@ -127,6 +128,29 @@ def test_these_modules_reach_no_torch_at_start(module: str) -> None:
 def test_importing_brings_no_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("probe", "job"),
+    [
+        ("scaling.probes.run", "scaling.trainer"),
+        ("scaling.probes.tokenizer", "scaling.tokenizer.training"),
+        ("scaling.probes.tokens", "scaling.data.encode"),
+    ],
+)
+def test_a_probe_imports_what_its_job_does(probe: str, job: str) -> None:
+    """A job's start is told by its probe's: what one imports besides is time that the other does not take."""
+
+    def reached(module: str) -> set[str]:
+        seen, left = set[str](), {module}
+        while left:
+            current = left.pop()
+            seen.add(current)
+            left |= (own(imported(current, at_start=False)) & MODULES.keys()) - seen
+        return seen
+
+    beside = reached(probe) - reached(job)
+    assert {m for m in beside if not m.startswith("scaling.probes.")} <= {"scaling.clock"}
 
 
 def test_the_walk_sees_imports_wherever_they_stand() -> None:

@@ -3,7 +3,8 @@
 - Fewer images than there are mean the first of a seeded shuffle, kept in the source's order: a
   smaller set is part of every larger one, and reading stays sequential.
 - ``resolve`` decodes nothing and imports no torch: it lists files or reads a parquet footer, and when
-  the recipe gives all the counts it does not touch the disk, so a plan can be made anywhere.
+  the recipe gives all the counts it does not touch the disk, so a plan can be made anywhere. The photographs
+  are always at hand, so what is asked of them is always checked.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ def resolve(data: DataConfig) -> DataConfig:
     Raises:
         ConfigError: the data is missing or empty, or has fewer images or other classes than asked for.
     """
-    if None not in (data.train_images, data.val_images, data.num_classes):
+    counted = None not in (data.train_images, data.val_images, data.num_classes)
+    if counted and data.source != "photos":
         return data
     source = _open_whole(data)
     _check(source, data)

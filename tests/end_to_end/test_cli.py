@@ -176,8 +176,9 @@ def test_a_sweep_under_another_name_can_be_read(tmp_path: Path) -> None:
     write_sweep(tmp_path)
     (tmp_path / "quickstart").rename(tmp_path / "mine")
     assert refused("status", "quickstart", "--root", tmp_path).startswith(str(tmp_path / "quickstart"))
-    found = cli("status", "quickstart", "--root", tmp_path, "--name", "mine", "--json")
-    assert json.loads(found.stdout).keys() >= {"tokenizer", "tokens"}
+    for words in (("quickstart", "--name", "mine"), ("mine",), (tmp_path / "mine",)):
+        found = cli("status", *words, "--root", tmp_path, "--json")
+        assert json.loads(found.stdout).keys() >= {"tokenizer", "tokens"}
 
 
 @pytest.mark.parametrize("command", run_sweep.COMMANDS)
@@ -201,12 +202,20 @@ def test_missing_data_is_told_by_plan_as_by_run(tmp_path: Path) -> None:
     planned = cli("plan", *words)
     assert planned.returncode == 0, "a plan needs no data"
     error = refused("run", *words)
-    assert f"MISSING DATA: {error}" in planned.stdout.splitlines()
+    assert cli("run", *words).stdout == "", "looked for before anything is planned"
+    assert planned.stdout.splitlines()[0] == f"MISSING DATA: {error}"
+    assert planned.stdout.splitlines()[-1] == "the data is not there: see the top"
     assert "'run' and 'tokenize' will stop with this error" in planned.stdout
     assert json.loads(cli("plan", *words, "--json").stdout)["missing_data"] == error
     (tmp_path / "nowhere").mkdir()
     assert f"MISSING DATA: {refused('run', *words)}" in cli("plan", *words).stdout.splitlines()
     assert "MISSING" not in cli("plan", "quickstart", "--root", tmp_path).stdout
+
+
+def test_photographs_of_other_classes_are_told_by_plan_already(tmp_path: Path) -> None:
+    told = "data.num_classes is 20, photos has 18 classes"
+    for command in ("plan", "run"):
+        assert refused(command, "quickstart", "--root", tmp_path, "--data.num-classes", "20") == told
 
 
 def test_tokenize_is_not_for_the_other_machines(tmp_path: Path) -> None:

@@ -165,7 +165,7 @@ def test_what_cannot_be_measured_is_told_in_one_line(
     sweep, run = runs[0].path.parent, runs[0].path
     for words, message in (
         ((sweep,), "fidelity needs --extractor: inception, inception-adm, classifier or MODULE:FUNCTION"),
-        ((tmp_path / "nowhere", *OPTIONS), "neither a recipe, nor a sweep's folder, nor a run's"),
+        ((tmp_path / "nowhere", *OPTIONS), "a sweep's name or folder, nor a run's folder"),
         (("quickstart", "--root", tmp_path, *OPTIONS), "no such sweep yet"),
         ((sweep, *OPTIONS, "--family", "raster"), "has no raster; it has var, flexvar"),
         ((sweep, *OPTIONS, "--depth", "7"), "no run of depth 7 is finished yet"),

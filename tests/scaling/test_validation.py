@@ -22,7 +22,7 @@ from scaling.config import ConfigError, DataConfig, EvaluationConfig, RunConfig
 from scaling.convert import convert
 from scaling.data.cache import build_cache, open_cache
 from scaling.data.encode import batch_size, encoder
-from scaling.data.live import encode_validation
+from scaling.data.live import Encoded, encode_validation
 from scaling.data.sources import open_source
 from scaling.families.registry import build, family_model
 from scaling.imported import IMAGENET_IMAGES, KNOWN, Training, import_into, training_of
@@ -149,6 +149,33 @@ def test_images_that_do_not_fit(run: RunFolder, tmp_path: Path) -> None:
     net, vae = published(run, tmp_path)
     with pytest.raises(ConfigError, match=r"give --data\.source"):
         validate(net, EvaluateRequest(tokenizer=vae, device="cpu"))
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("images", [None, 70, 1])
+def test_tokens_are_the_same_however_many_processes_encode_them(
+    tmp_path: Path, world: int, images: int | None
+) -> None:
+    source = NoiseSource(train=1, val=150, broken=frozenset({("val", 70)}))
+    data = dataclasses.replace(tiny.DATA, train_images=1, val_images=150)
+    torch.manual_seed(0)
+    encode = encoder(Tokenizer(tiny.TOKENIZER).eval(), CPU)
+    parts: list[list[Encoded]] = []
+
+    def keep(own: list[Encoded]) -> list[list[Encoded]]:
+        parts.append(own)
+        return parts[:1]  # in place of what the others have
+
+    for rank, of in [(0, 1), *((rank, world) for rank in range(world))]:
+        encode_validation(
+            source, data, encode, images=images, batch=7, threads=2, rank=rank, world=of, gather=keep
+        )
+    alone, *shares = parts
+    together = sorted((one for part in shares for one in part), key=lambda one: one[0])
+    assert [(number, labels) for number, labels, _ in together] == [(n, labels) for n, labels, _ in alone]
+    for (_, _, shared), (_, _, whole) in zip(together, alone, strict=True):
+        assert np.array_equal(shared, whole)
+    assert max(map(len, shares)) == -(-len(alone) // world), "shared evenly"
 
 
 @pytest.mark.parametrize("images", [None, 70, 1])

@@ -12,7 +12,7 @@ from hypothesis import given
 
 from scaling.config import ConfigError, DataConfig, LaunchConfig, TokenizerConfig, TrainConfig
 from scaling.records import RecordsError, RunFolder, read_json
-from sweeps import calibration, slurm, slurm_commands, slurm_queue
+from sweeps import slurm, slurm_commands, slurm_queue, speed_store
 from sweeps.calibration import measure_images
 from sweeps.jobs import Job, Kind
 from sweeps.machine import PROCESS_BYTES
@@ -321,5 +321,5 @@ def test_every_job_asks_for_memory_and_what_it_took_before_counts(
     folder.set_status("done", images_per_second=9.0, host_memory=20 * 2**30)
     speed = measure_images("tokenizer", folder, stage, machine, 1, recipe.launch, 60.0)
     assert speed is not None
-    calibration.add(speed)
+    speed_store.add(speed)
     assert asked() == before | {"tokenizer": expected(20 * 2**30)}

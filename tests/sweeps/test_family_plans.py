@@ -11,7 +11,7 @@ import pytest
 from scaling import flops
 from scaling.config import ConfigError
 from scaling.records import RecordsError, RunFolder, read_json, read_sweep
-from sweeps import calibration, commands, where
+from sweeps import calibration, commands, speed_store, where
 from sweeps.calibration import ImageSpeed, RunSpeed
 from sweeps.jobs import Job
 from sweeps.plan import Plan, cache_bytes, make_plan, stage_of
@@ -290,17 +290,18 @@ def test_a_runs_speed_belongs_to_its_family(tmp_path: Path) -> None:
         plan.machine.name, plan.allotment.threads, 1, 1, config.train.precision, 1, 16, 1e9, 3.0, 9, settings,
         "raster",
     )  # fmt: skip
-    calibration.add(dataclasses.replace(speed, family="flexvar", seq_len=30, flops_per_second=1e6))
-    calibration.add(speed)
+    speed_store.add(dataclasses.replace(speed, family="flexvar", seq_len=30, flops_per_second=1e6))
+    speed_store.add(speed)
     again = planned(tmp_path)
     seconds = {(r.family, r.depth): r.seconds for r in again.runs}
     assert seconds["raster", 1] == pytest.approx(work(config) / 1e9 + 3)
     assert seconds["var", 1] is None is seconds["flexvar-mamba", 1]
     assert seconds["flexvar", 1] is not None
     (note,) = [n for n in plan_notes(again) if n.startswith("time: ")]
-    assert "raster depth 1 at the speed last measured at that depth" in note
-    assert "~ raster depth 2 by FLOPs, from the speed of 1 measured depth (depth 1)" in note
-    assert "unknown for var depths 1, 2, flexvar-mamba depths 1, 2: no run of the family has finished" in note
+    lines = [line.strip() for line in note.splitlines()]
+    assert "raster depth 1: as last measured on this machine" in lines
+    assert "~ raster depth 2: by FLOPs, at the speed of depth 1" in lines
+    assert "- var depths 1, 2, flexvar-mamba depths 1, 2: no run of the family was measured with" in note
 
 
 def test_a_run_with_random_steps_gives_the_speed_that_it_had(tmp_path: Path) -> None:
@@ -314,7 +315,7 @@ def test_a_run_with_random_steps_gives_the_speed_that_it_had(tmp_path: Path) -> 
     assert found.family == "flexvar"
     images = config.total_steps * config.train.batch
     assert found.flops_per_second == pytest.approx(100 * plan.runs[index].flops / images)
-    calibration.add(found)
+    speed_store.add(found)
     assert planned(tmp_path).runs[index].seconds == pytest.approx(500.0)
 
 
@@ -323,7 +324,7 @@ def test_a_speed_of_a_tokenizer_is_not_taken_for_the_others(tmp_path: Path) -> N
     residual, scalable = (stage_of(job) for job in by_kind(plan, "tokenizer"))
     assert calibration.image_shape(residual) == calibration.image_shape(scalable)
     settings = calibration.image_settings("tokenizer", scalable, plan.recipe.launch)
-    calibration.add(
+    speed_store.add(
         ImageSpeed(
             "tokenizer", LAPTOP.name, 4, 1, "fp32", calibration.image_shape(scalable), 100.0, 0.0, 9,
             settings, "scalable",
@@ -340,7 +341,7 @@ def test_speeds_from_before_there_were_families_are_of_var(tmp_path: Path) -> No
         "precision": plan.configs[0].train.precision, "depth": 1, "seq_len": 30, "flops_per_second": 1e9,
         "other_seconds": 1.0,
     }  # fmt: skip
-    calibration.speeds_file().parent.mkdir(parents=True, exist_ok=True)
-    calibration.speeds_file().write_text(json.dumps({"runs": [entry], "images": []}))
+    speed_store.speeds_file().parent.mkdir(parents=True, exist_ok=True)
+    speed_store.speeds_file().write_text(json.dumps({"runs": [entry], "images": []}))
     known = {r.family for r in planned(tmp_path).runs if r.seconds is not None}
     assert known == {"var"}

@@ -10,12 +10,13 @@ import pytest
 
 from scaling.config import ConfigError
 from scaling.flops import forward_flops, spent
-from sweeps import calibration, probes
+from sweeps import calibration, probes, speed_store
 from sweeps.calibration import ImageSpeed, RunSpeed
 from sweeps.jobs import Job
 from sweeps.machine import Machine
 from sweeps.plan import Plan, stage_of, stage_threads
 from sweeps.recipe import load_recipe
+from sweeps.tables import plan_notes
 from tests.sweeps.test_calibration import speed_of
 from tests.sweeps.test_plan import LAPTOP, planned
 
@@ -30,12 +31,15 @@ with folder.lock():
 """
 RUN = {
     "flops_per_second": 1e9, "evaluation_flops_per_second": 2e9, "checkpoint_seconds": 0.5, "steps": 7,
-    "inside_seconds": 0.0, "peak_memory": 400 * 2**20,
+    "inside_seconds": 0.0, "peak_memory": 400 * 2**20, "waited": None,
 }  # fmt: skip
-STAGE = {
+TOKENIZER = {
     "images_per_second": 50.0, "steps": 9, "evaluation_seconds": 2.0, "checkpoint_seconds": 0.25,
-    "once_seconds": 3.0, "inside_seconds": 0.0, "encoded_per_second": 200.0,
+    "once_seconds": 3.0, "inside_seconds": -1000.0, "waited": 0.02,
 }  # fmt: skip
+TOKENS = {"sequences_per_second": 200.0, "inside_seconds": -500.0}
+"""Seconds inside are subtracted from the clock's: below 0 they are the start of a job that takes so long."""
+ANSWERS = {"run": RUN, "tokenizer": TOKENIZER, "tokens": TOKENS}
 
 
 @pytest.fixture
@@ -45,7 +49,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
 
     def fake(what: Any, *args: Any) -> Job:
         job = real(what, *args)
-        answer = json.dumps(RUN if what == "run" else STAGE)
+        answer = json.dumps(ANSWERS[what])
         started.append(job)
         return dataclasses.replace(job, command=(sys.executable, "-c", FAKE, str(job.folder.path), answer))
 
@@ -79,9 +83,9 @@ def test_a_plan_after_a_calibration_knows_every_time_and_every_memory(
     plan = planned(tmp_path, recipe)
     found = probe(plan, tmp_path)
     assert [job.name for job in timed].count("timing var depth 1") == 2, "every place is taken"
-    assert len(timed) == 1 + 3 * 2
+    assert len(timed) == 2 + 3 * 2
     assert list(tmp_path.iterdir()) == [], "nothing is left behind"
-    calibration.replace_all(found.speeds)
+    speed_store.replace_all(found.speeds)
     after = planned(tmp_path, recipe)
     assert after.seconds is not None
     for row, config, estimate in zip(after.runs, after.configs, after.estimates[2:], strict=True):
@@ -103,18 +107,18 @@ def test_what_a_tokenizer_needs_beside_its_steps_is_counted(tmp_path: Path, time
     found = probe(plan, tmp_path)
     (tokenizer,) = [s for s in found.speeds if isinstance(s, ImageSpeed) and s.job == "tokenizer"]
     (tokens,) = [s for s in found.speeds if isinstance(s, ImageSpeed) and s.job == "tokens"]
-    start = tokens.other_seconds
     # 600 steps, an evaluation and a checkpoint every 200: the first evaluation after 100 steps of none.
-    assert tokenizer.other_seconds == pytest.approx(start + 3.0 + 3 * 2.0 + 3 * 0.25)
+    assert tokenizer.other_seconds == pytest.approx(1000 + 3.0 + 3 * 2.0 + 3 * 0.25, abs=20)
+    assert tokens.other_seconds == pytest.approx(500, abs=20), "each has the start of its own job"
     assert (tokenizer.images_per_second, tokens.images_per_second) == (50.0, 200.0)
 
 
 def test_a_calibration_replaces_what_other_days_left_at_any_depth(tmp_path: Path, timed: list[Job]) -> None:
     plan = planned(tmp_path)
-    calibration.add(speed_of(plan, 4, 1e12, 1.0))
-    calibration.add(dataclasses.replace(speed_of(plan, 4, 1e12, 1.0), device="another"))
-    calibration.replace_all(probe(plan, tmp_path).speeds)
-    runs = calibration.load().runs
+    speed_store.add(speed_of(plan, 4, 1e12, 1.0))
+    speed_store.add(dataclasses.replace(speed_of(plan, 4, 1e12, 1.0), device="another"))
+    speed_store.replace_all(probe(plan, tmp_path).speeds)
+    runs = speed_store.load().runs
     assert {r.depth for r in runs if r.device == LAPTOP.name} == {1, 2, 5}
     assert [r.depth for r in runs if r.device == "another"] == [4]
 
@@ -170,13 +174,39 @@ def test_measured_sharing_decides_the_places_and_a_number_in_the_recipe_wins(tmp
     first = planned(tmp_path, machine=gpu)
     assert len(first.allotment.slots) == 1
     alone = dataclasses.replace(speed_of(first, 3, 1e12, 0.0), device="a GPU", threads=8)
-    calibration.add(alone)
-    calibration.add(dataclasses.replace(alone, runs_per_gpu=2, threads=4, flops_per_second=0.9e12))
+    speed_store.add(alone)
+    speed_store.add(dataclasses.replace(alone, runs_per_gpu=2, threads=4, flops_per_second=0.9e12))
     assert planned(tmp_path, machine=gpu).allotment.slots == (("0",), ("0",))
     one = load_recipe("quickstart", {("launch", "runs_per_gpu"): 1})
     assert planned(tmp_path, one, gpu).allotment.slots == (("0",),)
-    calibration.add(dataclasses.replace(alone, runs_per_gpu=2, threads=4, flops_per_second=0.5e12))
+    speed_store.add(dataclasses.replace(alone, runs_per_gpu=2, threads=4, flops_per_second=0.5e12))
     assert planned(tmp_path, machine=gpu).allotment.slots == (("0",),), "nothing gained"
+
+
+def test_a_busy_machine_is_told_and_a_quiet_one_is_not(
+    tmp_path: Path, timed: list[Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load_recipe("quickstart", {("launch", "runs_at_once"): 1})
+    plan = planned(tmp_path, recipe)
+
+    def told() -> list[str]:
+        speed_store.replace_all(probe(plan, tmp_path).speeds)
+        (note,) = [n for n in plan_notes(planned(tmp_path, recipe)) if n.startswith("time: ")]
+        return [line.strip() for line in note.splitlines() if "busy" in line]
+
+    assert told() == []
+    monkeypatch.setitem(ANSWERS, "run", RUN | {"waited": 0.09})
+    assert told() == []
+    monkeypatch.setitem(ANSWERS, "run", RUN | {"waited": 0.34})
+    (line,) = told()
+    assert line.startswith("calibrated while the machine was busy: other programs had its cores 34% of")
+    for job, config in zip(plan.run_jobs, plan.configs, strict=True):  # a run that finishes tells anew
+        job.folder.append({"kind": "train", "step": 10, "images_per_second": 100.0})
+        speed = calibration.measure_run(job.folder, config, LAPTOP, plan.allotment, recipe.launch, 200.0)
+        assert speed is not None
+        speed_store.add(dataclasses.replace(speed, points=50))
+    (note,) = [n for n in plan_notes(planned(tmp_path, recipe)) if n.startswith("time: ")]
+    assert "busy" not in note
 
 
 def test_several_machines_are_not_calibrated(tmp_path: Path) -> None:
@@ -195,7 +225,7 @@ def test_a_finished_runs_own_account_tells_evaluation_from_training(tmp_path: Pa
     assert speed.evaluation_flops_per_second == pytest.approx(calibration.evaluation_flops(config) / 20)
     training = spent(config, config.total_steps).flops / speed.flops_per_second
     assert speed.other_seconds == pytest.approx(200 - 20 - training)
-    calibration.add(speed)
+    speed_store.add(speed)
     again = planned(tmp_path)
     assert again.runs[0].seconds == pytest.approx(200.0)
     assert again.runs[0].memory == 5 * 10**8

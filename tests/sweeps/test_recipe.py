@@ -187,13 +187,13 @@ def test_options_read_lists_none_flags_and_either_dash() -> None:
 
 
 def test_the_help_lists_every_option_with_its_value() -> None:
-    text = help_text(options_of(Recipe), load_recipe("quickstart"))
+    text = help_text(options_of(Recipe), load_recipe("quickstart"), 100)
     assert all(f"  {option.flag} " in text for option in options_of(Recipe))
     assert "--train.lr NUMBER|none   [0.002]" in text
     assert "Images per optimiser step" in text
 
 
-@pytest.mark.parametrize("name", [*SHIPPED, "cifar10-cpu", "families-cpu"])
+@pytest.mark.parametrize("name", [*SHIPPED, "cifar10-cpu", "cifar10-tiny", "families-cpu"])
 def test_shipped_recipes_say_how_they_are_launched_and_what_they_cost(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.name == name
