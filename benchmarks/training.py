@@ -1,7 +1,7 @@
 """Training speed, end to end and step by step, against the published loop on the same machine.
 
     python -m benchmarks.training [--published FOLDER] [--depths 4 6] [--precisions fp32 bf16]
-                                  [--batch 8] [--threads 2] [--repetitions 5] [--device auto]
+                                  [--batch 8] [--threads 2] [--repetitions 5] [--calls 1] [--device auto]
                                   [--attention masked blockwise] [--compile] [--without-encoding]
 
 The paper's setting: 256 px, ten steps to 16 × 16 tokens, vocabulary 4096, 1000 classes. Weights and pictures
@@ -22,16 +22,17 @@ timed in the same repetition.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -100,8 +101,9 @@ def our_step(
     folder: Path,
     options: argparse.Namespace,
     launch: LaunchConfig,
+    feed: type[Batches] = Batches,
 ) -> Callable[[], object]:
-    """This project's training step."""
+    """This project's training step, its tokens from ``feed``."""
     config = run_config(depth, options.batch, precision)
     accelerator = accelerator_on(cast(Device, options.device), "fp32")
     if precision == "bf16":  # Accelerate knows one precision per process; this is what its own would enter
@@ -110,7 +112,7 @@ def our_step(
     quantizer = MultiScaleQuantizer(config.tokenizer).eval().requires_grad_(False)
     tokenizer = SimpleNamespace(content_hash="benchmark", quantize=quantizer)
     state = State(config, launch, accelerator, cast(Tokenizer, tokenizer))
-    batches, steps = Batches(config, launch, accelerator, split, RunFolder(folder)), itertools.count()
+    batches, steps = feed(config, launch, accelerator, split, RunFolder(folder)), itertools.count()
 
     def step() -> None:
         number = next(steps)
@@ -120,11 +122,23 @@ def our_step(
     return step
 
 
-def published_steps(
-    depth: int, precision: Precision, options: argparse.Namespace, device: torch.device
-) -> tuple[Callable[[], object], Callable[[], object] | None]:
-    """The published loop without its encoding, and its encoding of a batch."""
-    from models import build_vae_var  # type: ignore[import-not-found]  # in options.published
+@contextlib.contextmanager
+def published_precision() -> Iterator[None]:
+    """TF32 for what is in fp32, as the published trainer has it on a GPU by default."""
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [backend.allow_tf32 for backend in backends]
+    for backend in backends:
+        backend.allow_tf32 = True
+    try:
+        yield
+    finally:
+        for backend, allowed in zip(backends, before, strict=True):
+            backend.allow_tf32 = allowed
+
+
+def published_models(depth: int, device: torch.device) -> tuple[Any, Any]:
+    """The published tokenizer and transformer, with random weights; their code must be in the search path."""
+    from models import build_vae_var  # type: ignore[import-not-found]  # of --published
 
     torch.manual_seed(0)
     before = {kind: kind.reset_parameters for kind in (torch.nn.Linear, torch.nn.LayerNorm, torch.nn.Conv2d)}
@@ -134,6 +148,14 @@ def published_steps(
     vae.eval().requires_grad_(False)
     for parameter in vae.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
+    return vae, var
+
+
+def published_steps(
+    depth: int, precision: Precision, options: argparse.Namespace, device: torch.device
+) -> tuple[Callable[[], object], Callable[[], object] | None]:
+    """The published loop without its encoding, and its encoding of a batch."""
+    vae, var = published_models(depth, device)
     var.train()
     decayed = [p for p in var.parameters() if p.ndim > 1]
     rest = [p for p in var.parameters() if p.ndim <= 1]
@@ -147,10 +169,12 @@ def published_steps(
     weight = torch.ones(1, sum(counts), device=device) / sum(counts)
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
+    @published_precision()
     @torch.no_grad()
     def encode() -> None:
         vae.img_to_idxBl(images)
 
+    @published_precision()
     def step() -> None:
         truth = torch.cat(tokens, dim=1)
         inputs = vae.quantize.idxBl_to_var_input(tokens)
@@ -189,6 +213,16 @@ def seconds(action: Callable[[], object], device: torch.device) -> tuple[float, 
     return time.perf_counter() - start, time.process_time() - used
 
 
+def repeated(action: Callable[[], object], calls: int) -> Callable[[], None]:
+    """So many calls as one."""
+
+    def run() -> None:
+        for _ in range(calls):
+            action()
+
+    return run
+
+
 def variants(
     options: argparse.Namespace, split: CachedSplit, folder: Path, device: torch.device
 ) -> list[Variant]:
@@ -210,18 +244,19 @@ def variants(
     return found
 
 
-def measure(found: Sequence[Variant], repetitions: int, device: torch.device) -> None:
-    """Warm each up once, then time all in turn."""
+def measure(found: Sequence[Variant], repetitions: int, device: torch.device, calls: int = 1) -> None:
+    """Warm each up once, then time all in turn, so many calls together: on a GPU the next step is prepared
+    while one runs."""
     rates = {precision: matrix_rate(precision, device) for precision in {v.precision for v in found}}
     for variant in found:
         variant.step()
     for _ in range(repetitions):
         for variant in found:
             rate = rates[variant.precision]()
-            wall, core = seconds(variant.step, device)
-            variant.wall.append(wall)
-            variant.core.append(core)
-            variant.share.append(variant.flops / wall / rate)
+            wall, core = seconds(repeated(variant.step, calls), device)
+            variant.wall.append(wall / calls)
+            variant.core.append(core / calls)
+            variant.share.append(variant.flops * calls / wall / rate)
 
 
 def table(found: Sequence[Variant], batch: int) -> Table:
@@ -266,6 +301,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--calls", type=int, default=1, help="steps to a timing; more than one on a GPU")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--attention", nargs="+", choices=Backend.__args__, default=["masked"])  # type: ignore[attr-defined]
     parser.add_argument("--compile", action="store_true", help="also with compiled layers")
@@ -278,7 +314,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         split = build_cache(Path(name), IMAGES, ModelConfig.from_depth(1).scales, views=1)
         found = variants(options, split, Path(name), device)
-        measure(found, options.repetitions, device)
+        measure(found, options.repetitions, device, options.calls)
     print(f"{device_name(device)}, {options.threads} threads, torch {torch.__version__}")
     Console(width=150).print(table(found, options.batch))
 

@@ -22,7 +22,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,8 @@ from scaling.records import RecordsError, read_json
 log = logging.getLogger(__name__)
 
 Tensors = dict[str, dict[str, Tensor]]
+Fill = Callable[[Tensor, Tensor], object]
+"""Copies a saved tensor (the second) to where it belongs, which may be a slice of one."""
 
 
 class SavedTensors(Mapping[str, Tensor]):
@@ -189,7 +191,7 @@ def optimizer_tensors(
     return tensors
 
 
-def restore_module(module: torch.nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def restore_module(module: torch.nn.Module, tensors: Mapping[str, Tensor], fill: Fill = Tensor.copy_) -> None:
     """Copy saved tensors into a module's parameters and buffers, one at a time.
 
     Raises:
@@ -206,11 +208,14 @@ def restore_module(module: torch.nn.Module, tensors: Mapping[str, Tensor]) -> No
         value = tensors[name]
         if value.shape != target.shape:
             raise RecordsError(f"the checkpoint's {name} is {tuple(value.shape)}, not {tuple(target.shape)}")
-        target.copy_(value)
+        fill(target, value)
 
 
 def restore_optimizer(
-    optimizer: torch.optim.Optimizer, names: Mapping[str, torch.nn.Parameter], tensors: Mapping[str, Tensor]
+    optimizer: torch.optim.Optimizer,
+    names: Mapping[str, torch.nn.Parameter],
+    tensors: Mapping[str, Tensor],
+    fill: Fill = Tensor.copy_,
 ) -> None:
     """Put back what ``optimizer_tensors`` gave, bit for bit.
 
@@ -233,11 +238,12 @@ def restore_optimizer(
             )
         # Adam counts steps on the CPU unless it runs fused or captured.
         counter_device = parameter.device if group.get("fused") or group.get("capturable") else "cpu"
-        restored.setdefault(parameter, {})[key] = (
-            torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-            if value.ndim
-            else value.to(counter_device, copy=True)
-        )
+        if value.ndim:
+            kept = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)
+            fill(kept, value)
+        else:
+            kept = value.to(counter_device, copy=True)
+        restored.setdefault(parameter, {})[key] = kept
     optimizer.state.clear()
     optimizer.state.update(restored)
 

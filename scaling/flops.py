@@ -268,6 +268,8 @@ def train_memory(
     precision: str = "bf16",
     device: str = "cuda",
     attention: str = "auto",
+    recompute: bool = False,
+    shards: int = 1,
 ) -> int:
     """Estimated peak bytes of one training process's tensors (not the libraries' own share).
 
@@ -277,27 +279,45 @@ def train_memory(
     18 autocast widths - and with a materialised mask none of the L² scores. A Mamba keeps in place of the 7
     from q to projection its input and, per channel, about 3 fp32 and 8 autocast numbers. The head keeps
     its features and their gradient, its matrix's gradient, and of a portion of the logits their softmax in
-    fp32 and a copy for the products (``scaling.objective``). Attention step by step keeps copies of q,
-    k and v and the weights of all allowed pairs.
+    fp32 and a copy for the products (``scaling.objective``). Attention step by step on a CPU keeps copies of
+    q, k and v and the weights of all allowed pairs; a GPU's kernels keep none. With activations computed
+    again every layer keeps its input, and one at a time all of that.
+
+    Divided among processes, weights, gradients and moments are, and beside its share each has either all that
+    is outside the layers, with its gradient, two layers gathered and one's gradient, or, in an evaluation,
+    all weights. A layer's weights in 16 bits are kept for the backward pass, unless it is computed again.
 
     Args:
         device: cpu or cuda: how many logits there are at a time, and what ``auto`` attention is.
         attention: ``launch.attention``.
+        recompute: ``launch.recompute_activations``.
+        shards: processes among which the run is divided (``launch.shard``).
     """
     low = _BYTES[precision]
-    state = 16 * params_total(model) + (2 * params(model) if low == 2 else 0)
+    state = 16 * params_total(model) // shards
+    copies = 2 * params(model) if low == 2 else 0
     mamba = model.family == "flexvar-mamba"
     mixer = model.ssm_expand * (3 * 4 + 8 * low) + low if mamba else 7 * low
-    per_token = model.depth * model.width * (5 * 4 + 11 * low + mixer)
-    stepwise = attention == "blockwise" or (attention == "auto" and device == "cpu")
+    per_token = model.width * (5 * 4 + 11 * low + mixer)
+    stepwise = device == "cpu" and attention in ("auto", "blockwise")
     pairs = 0
     if stepwise and not mamba and model.family != "raster":
-        per_token += model.depth * model.width * 3 * low
-        pairs = micro_batch * model.depth * model.heads * attention_pairs(model.sizes) * low
+        per_token += model.width * 3 * low
+        pairs = micro_batch * model.heads * attention_pairs(model.sizes) * low
     tokens = micro_batch * model.seq_len
+    layer = tokens * per_token + pairs
+    layers = layer + model.depth * tokens * model.width * low if recompute else model.depth * layer
     logits = min(tokens * model.vocab, LOGITS_AT_ONCE[device])
     head = 2 * 4 * logits + 4 * model.width * model.vocab
-    return state + tokens * (per_token + 3 * 4 * model.width) + head + pairs
+    training = layers + tokens * 3 * 4 * model.width + head + copies
+    if shards == 1:
+        return state + training
+    parts = params_by_part(model)
+    blocks = sum(parts[part] for part in (*N_PARTS, "biases"))
+    gathered = 3 * 4 * blocks // model.depth + 2 * 4 * (params_total(model) - blocks)
+    if recompute:
+        training -= copies - copies // model.depth
+    return state + max(training + gathered, 4 * params_total(model))
 
 
 def checkpoint_bytes(model: ModelConfig) -> int:

@@ -66,9 +66,17 @@ class LaunchConfig:
     """Runs that share each GPU; None for what 'plan --calibrate' found to end the sweep soonest, else 1."""
     device: Device = "auto"
     compile: bool = False
-    attention: Literal["auto", "masked", "blockwise"] = "auto"
-    """masked: one fused call over all pairs of tokens; blockwise: step by step, without masked work; auto:
-    blockwise on a CPU, masked on a GPU (``benchmarks.training`` shows the difference)."""
+    recompute_activations: bool = False
+    """Activation checkpointing: training keeps only what goes into each layer, and computes the rest again
+    in the backward pass. The same numbers from a fraction of the memory, for up to a third more work; the
+    FLOPs in the records are the model's either way."""
+    shard: bool = False
+    """Divide a run's weights, gradients and moments among its processes (FSDP2), for models that do not fit
+    one GPU; each needs all weights only while it evaluates. Checkpoints are the same with and without."""
+    attention: Literal["auto", "masked", "blockwise", "flex"] = "auto"
+    """masked: one fused call over all pairs of tokens; blockwise: step by step, without masked work; flex:
+    FlexAttention, on GPUs; auto: blockwise on a CPU, on a GPU what is fastest there for the run's first step
+    (``benchmarks.training`` shows the difference). A run keeps its choice: attention.json."""
     checkpoint_seconds: float = 120.0
     """At most this much work is lost to a kill."""
     retries: int = 2

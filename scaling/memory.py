@@ -5,8 +5,9 @@
 - Processes that share a batch need not agree on it: gradients are exchanged on the last micro-batch only,
   however many each process has. Memory mostly runs out at the longest step, so several processes rehearse
   that one first, throw its gradient away, and then take the smallest micro-batch that any of them found.
-- Out of memory in the exchange itself, or in the optimiser, cannot be taken back in place. Then the job ends
-  with its cause, and started again it knows the smaller micro-batch.
+- Out of memory in the exchange itself, or in the optimiser, cannot be taken back in place, nor anywhere in a
+  run that is divided among its processes (``scaling.sharding``). Then the job ends with its cause, and
+  started again it knows the smaller micro-batch.
 - ``memory.json`` keeps what was found, for the device on which it was found: another may have more.
 """
 
@@ -17,6 +18,7 @@ import gc
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -89,11 +91,15 @@ class MicroBatch:
         except Exception as error:
             if not out_of_memory(error):
                 raise
-            size = self.size
-            self.halve()
-            raise MemoryShortError(
-                f"out of memory on {self._device} with {size} images at a time; to go on with {self.size}"
-            ) from None
+            self.end_smaller()
+
+    def end_smaller(self) -> NoReturn:
+        """End the job, whose next start takes half as many images. Raises as ``final``."""
+        size = self.size
+        self.halve()
+        raise MemoryShortError(
+            f"out of memory on {self._device} with {size} images at a time; to go on with {self.size}"
+        ) from None
 
     def _remembered(self) -> int | None:
         if not self._file.exists():

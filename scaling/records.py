@@ -6,6 +6,7 @@
     <folder>/status.json       state, attempt, step, heartbeat, error; replaced atomically, by one process
     <folder>/failure.json      error, exit code and cause of the process that failed first, in this attempt
     <folder>/memory.json       the micro-batch that fitted into a device's memory (scaling.memory)
+    <folder>/attention.json    the attention back end chosen on a GPU, and its timings (scaling.backends)
     <folder>/data.json         fingerprint of the images that a tokenizer or a token cache is made from
     <folder>/checkpoints/      step-<n>/ folders of safetensors and JSON (scaling.checkpoint)
     <folder>/branches/         step-<n>/ checkpoints that shorter runs start from (scaling.branches)

@@ -16,20 +16,26 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs, KwargsHandler, gather_object
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from scaling import flops
 from scaling.agreement import Agreement, same_start
+from scaling.backends import choose_attention
 from scaling.branches import ALONE, Sharing, branch_start, has_left, lines_to_share
 from scaling.checkpoint import (
+    Fill,
     NotFiniteError,
     Tensors,
     check_finite,
@@ -42,13 +48,16 @@ from scaling.checkpoint import (
     sync_file,
 )
 from scaling.clock import Clock, device_name, host_memory, peak_memory
+from scaling.compilation import compile_layers
 from scaling.config import PUBLISHED_SIDE, ConfigError, Device, LaunchConfig, Precision, RunConfig, from_dict
 from scaling.data.cache import TokenCache, open_cache
 from scaling.divergence import Divergence
 from scaling.evaluation import evaluate
 from scaling.families.registry import build, family_model
+from scaling.feeding import kept_on_device
 from scaling.generation import sample_grid
 from scaling.layers.attention import back_end
+from scaling.layers.block import Block
 from scaling.memory import out_of_memory
 from scaling.objective import Objective
 from scaling.process import DivergedError, Interrupted, JobProcess, recorded_failure, run_job
@@ -60,6 +69,7 @@ from scaling.trackers.mirror import Mirror
 from scaling.training_step import Batches, rehearse, train_step
 
 EVAL_BATCH = 64
+T = TypeVar("T")
 
 
 def train(
@@ -90,12 +100,18 @@ def _train(
     sharing: Sharing,
 ) -> None:
     """``train``, on these processes; the loop."""
-    with JobProcess(folder, accelerator.is_main_process, accelerator.wait_for_everyone) as job:
+    with (
+        JobProcess(folder, accelerator.is_main_process, accelerator.wait_for_everyone) as job,
+        contextlib.ExitStack() as stack,
+    ):
         if accelerator.is_main_process:
             folder.write_costs(flops.costs(config))
             if job.after_divergence:
                 forget_newest(folder.checkpoints)  # finite, but perhaps on its way already
         accelerator.wait_for_everyone()
+        attention = choose_attention(folder, config, launch, accelerator, sharing.trunk)
+        launch = replace(launch, attention=attention)
+        job.beat(attention=attention)
         state = State(config, launch, accelerator, tokenizer)
         start, shared = state.resume(folder, sharing.trunk)
         total = config.total_steps
@@ -103,7 +119,8 @@ def _train(
         mirror = Mirror(accelerator, launch, folder, 0 if shared else start)
         for line in shared:
             mirror.log(line)
-        batches = Batches(config, launch, accelerator, train_split, folder)
+        kept = train_split if kept_on_device(config, launch, train_split, accelerator.device) else None
+        batches = stack.enter_context(Batches(config, launch, accelerator, train_split, folder, kept))
         before = [r["loss_avg"] for r in folder.metrics("train") if r["step"] <= start]
         divergence = Divergence(config.model.vocab, accelerator.scaler is not None, before)
         eval_steps, snapshots = set(config.eval_steps), set(config.snapshot_steps.values())
@@ -126,18 +143,20 @@ def _train(
                 job.beat(loss=values["loss_avg"], images_per_second=speed, seconds=dict(clock.seconds))
             if done in eval_steps:
                 with clock.paused("evaluation"):
-                    evaluation = evaluate(
-                        state.bare, config.model, state.quantizer, val_split, accelerator,
-                        cached=config.tokenizer.scales, images=config.evaluation.images,
-                        batch=launch.micro_batch or EVAL_BATCH, on_batch=job.beat,
+                    measured = partial(
+                        evaluate, config=config.model, quantizer=state.quantizer, split=val_split,
+                        accelerator=accelerator, cached=config.tokenizer.scales,
+                        images=config.evaluation.images, batch=launch.micro_batch or EVAL_BATCH,
+                        on_batch=job.beat,
                     )  # fmt: skip
+                    evaluation = state.with_weights(measured)
                 record = evaluation_record(config, done, spent, train_split.images) | evaluation.record()
                 if not finite(record["loss_avg"]):
                     raise DivergedError(f"the validation loss became {record['loss_avg']} at step {done}")
                 mirror.log(record)
-            if done in snapshots and accelerator.is_main_process:
+            if done in snapshots:
                 with clock.paused("checkpoints"):
-                    write_weights(state.bare, folder.snapshot(done))
+                    state.write_weights(folder.snapshot(done))
             if done in sharing.leave:
                 with clock.paused("checkpoints"):
                     state.leave(folder, done)
@@ -153,7 +172,7 @@ def _train(
                 state.save(folder, total)
         with clock.paused("samples"):
             finish(folder, config, launch, state, tokenizer)
-        facts = machine_facts(config, launch, accelerator, clock)
+        facts = machine_facts(config, launch, accelerator, clock) | {"tokens_on_device": kept is not None}
         job.beat(step=total, total_steps=total, micro_batch=batches.micro.size, **facts)
         mirror.close()
         accelerator.wait_for_everyone()
@@ -169,17 +188,56 @@ class State:
         self.quantizer = tokenizer.quantize.to(accelerator.device)
         torch.manual_seed(config.seed)
         self.bare = build(config.model, launch.attention)
+        for block in self.bare.get_submodule("blocks").children():
+            assert isinstance(block, Block)
+            block.recompute = launch.recompute_activations
         if launch.compile:
-            for block in self.bare.blocks.children():  # type: ignore[union-attr]  # regional: one small graph, compiled once for all layers
-                block.compile()
+            compile_layers(self.bare)
+        objective, self._build = (
+            Objective(family_model(self.bare)),
+            partial(build, config.model, launch.attention),
+        )
+        self.sharded = launch.shard and accelerator.num_processes > 1
+        if self.sharded:
+            from scaling.sharding import shard
+
+            shard(objective, self.bare, accelerator.device, accelerator.num_processes)
         self.names = dict(self.bare.named_parameters())
         groups = decay_groups(self.bare)
         train = config.train
         optimizer = torch.optim.AdamW(
             groups, lr=train.peak_lr, betas=train.betas, eps=train.eps, weight_decay=0.0, fused=True
         )
-        self.model, self.optimizer = accelerator.prepare(Objective(family_model(self.bare)), optimizer)
+        if self.sharded:
+            self.model, self.optimizer = objective, accelerator.prepare(optimizer)
+        else:
+            self.model, self.optimizer = accelerator.prepare(objective, optimizer)
         self.model.train()
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        """All of a tensor of which this process may have a slice; every process calls it."""
+        if not self.sharded:
+            return tensor
+        from scaling.sharding import whole
+
+        return whole(tensor)
+
+    def with_weights(self, action: Callable[[nn.Module], T]) -> T:
+        """The action on the bare model with all its weights; every process calls it."""
+        if not self.sharded:
+            return action(self.bare)
+        from scaling.sharding import whole_model
+
+        return action(whole_model(self.bare, self._build, self.accelerator.device))
+
+    def write_weights(self, target: Path) -> None:
+        """``write_weights`` of the model (main process; the others help)."""
+
+        def write(model: nn.Module) -> None:
+            if self.accelerator.is_main_process:
+                write_weights(model, target)
+
+        self.with_weights(write)
 
     def save(self, folder: RunFolder, step: int) -> None:
         """Write the checkpoint of ``step`` (main process; the others wait).
@@ -187,7 +245,7 @@ class State:
         Raises:
             DivergedError: (in all of them) weights or moments are not finite any more.
         """
-        tensors = self._finite_tensors(step)
+        tensors = self._tensors(step)
         if self.accelerator.is_main_process:
             folder.sync()  # lines behind the checkpoint would never be written again
             save_checkpoint(folder.checkpoints, step, tensors, self._facts(step))
@@ -196,7 +254,7 @@ class State:
     def leave(self, folder: RunFolder, step: int) -> None:
         """Write what shorter runs of this config start from, unless it is there (main process; the others
         wait). Raises as ``save``."""
-        tensors = self._finite_tensors(step)
+        tensors = self._tensors(step)
         if self.accelerator.is_main_process and not has_left(folder, step):
             facts = self._facts(step) | {"lines": lines_to_share(folder)}
             save_checkpoint(folder.branches, step, tensors, facts, keep=None)
@@ -210,16 +268,26 @@ class State:
             "scaler": scaler.state_dict() if scaler is not None else None,
         }
 
-    def _finite_tensors(self, step: int) -> Tensors:
+    def _tensors(self, step: int) -> Tensors:
+        """Weights and moments, all of them finite; whole ones in the main process."""
         tensors = {
             "model": {n: t.detach() for n, t in self.bare.state_dict().items()},
             "optimizer": optimizer_tensors(self.optimizer.optimizer, self.names),
         }
+        wrong, slices = "", tensors
+        if self.sharded:
+            from scaling.sharding import gathered, own
+
+            slices = {group: {n: own(t) for n, t in values.items()} for group, values in tensors.items()}
         try:
-            check_finite(tensors)
+            check_finite(slices)
         except NotFiniteError as error:
-            raise DivergedError(f"after step {step} {error}") from None
-        return tensors
+            wrong = str(error)
+        if self.sharded:  # a number may be wrong in one process's slice alone
+            wrong = next(filter(None, gather_object([wrong])), "")
+        if wrong:
+            raise DivergedError(f"after step {step} {wrong}")
+        return gathered(tensors, keep=self.accelerator.is_main_process) if self.sharded else tensors
 
     def resume(self, folder: RunFolder, trunk: RunFolder | None) -> tuple[int, list[dict[str, Any]]]:
         """Restore the newest sound checkpoint, else what ``trunk`` has left, else nothing.
@@ -252,8 +320,11 @@ class State:
                 f"{folder.path} was trained on tokens of tokenizer {trained_on[:10]}, not of "
                 f"{self.tokenizer_hash[:10]}; remove the run folder or restore the tokenizer"
             )
-        restore_module(self.bare, checkpoint.tensors["model"])
-        restore_optimizer(self.optimizer.optimizer, self.names, checkpoint.tensors["optimizer"])
+        fill: Fill = Tensor.copy_
+        if self.sharded:
+            from scaling.sharding import fill
+        restore_module(self.bare, checkpoint.tensors["model"], fill)
+        restore_optimizer(self.optimizer.optimizer, self.names, checkpoint.tensors["optimizer"], fill)
         if checkpoint.state["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
         return checkpoint.step, lines
@@ -330,24 +401,29 @@ def finish(
     folder: RunFolder, config: RunConfig, launch: LaunchConfig, state: State, tokenizer: Tokenizer
 ) -> None:
     """Leave the final weights and a picture of samples beside the numbers."""
-    if not state.accelerator.is_main_process:
-        return
-    write_weights(state.bare, folder.weights)
-    if launch.sampling.images == 0:
-        return
-    state.bare.eval()
-    tokenizer.to(state.accelerator.device)
-    try:
-        sample_grid(
-            family_model(state.bare), tokenizer, launch.sampling, config.model.num_classes,
-            folder.path / "samples.png",
-        )  # fmt: skip
-    except Exception as error:
-        if not out_of_memory(error):
-            raise
-        print(
-            "out of memory: no pictures are drawn; 'sample' can draw them from the weights", file=sys.stderr
-        )
+
+    def leave(model: nn.Module) -> None:
+        if not state.accelerator.is_main_process:
+            return
+        write_weights(model, folder.weights)
+        if launch.sampling.images == 0:
+            return
+        model.eval()
+        tokenizer.to(state.accelerator.device)
+        try:
+            sample_grid(
+                family_model(model), tokenizer, launch.sampling, config.model.num_classes,
+                folder.path / "samples.png",
+            )  # fmt: skip
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            print(
+                "out of memory: no pictures are drawn; 'sample' can draw them from the weights",
+                file=sys.stderr,
+            )
+
+    state.with_weights(leave)
 
 
 def write_weights(model: nn.Module, target: Path) -> None:
@@ -382,14 +458,16 @@ def make_accelerator(config: RunConfig, launch: LaunchConfig) -> Accelerator:
     """Accelerate for this run's precision and device.
 
     Raises:
-        ConfigError: as ``accelerator_on``.
+        ConfigError: as ``accelerator_on``; or fp16 and sharded.
     """
-    return accelerator_on(
-        launch.device,
-        config.train.precision,
-        # The model's buffers are constants: nothing to exchange before every step.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-    )
+    precision = config.train.precision
+    if launch.shard and precision == "fp16":
+        raise ConfigError("launch.shard is not made for precision fp16, whose gradients are scaled; use bf16")
+    # The model's buffers are constants: nothing to exchange before every step.
+    handlers: list[KwargsHandler] = [DistributedDataParallelKwargs(broadcast_buffers=False)]
+    if launch.shard:  # a cache of the weights in bf16 would keep all layers' at once
+        handlers.append(AutocastKwargs(cache_enabled=False))
+    return accelerator_on(launch.device, precision, kwargs_handlers=handlers)
 
 
 def accelerator_on(device: Device, precision: Precision, **options: Any) -> Accelerator:

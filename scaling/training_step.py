@@ -18,14 +18,11 @@ from torch import Tensor
 
 from scaling.clock import device_name
 from scaling.config import ConfigError, LaunchConfig, RunConfig
-from scaling.data.cache import CachedSplit
-from scaling.data.sampler import batch_indices, batch_views
-from scaling.draws import step_draws
 from scaling.evaluation import per_scale
 from scaling.families.registry import FAMILIES
+from scaling.feeding import Drawn, Feed, KeptSplit, Split
 from scaling.memory import MicroBatch, out_of_memory, release
 from scaling.records import RunFolder
-from scaling.steps import token_columns
 
 if TYPE_CHECKING:
     from scaling.trainer import State
@@ -35,54 +32,63 @@ MicroTokens = tuple[Tensor, Tensor, Tensor | None]
 
 
 class Batches:
-    """This process's micro-batches of each global batch."""
+    """This process's micro-batches of each global batch; to be closed.
+
+    Args:
+        kept: the split, if all its tokens are to be kept on the device.
+    """
 
     def __init__(
         self,
         config: RunConfig,
         launch: LaunchConfig,
         accelerator: Accelerator,
-        split: CachedSplit,
+        split: Split,
         folder: RunFolder,
+        kept: KeptSplit | None = None,
     ) -> None:
-        self.config, self.split, self.device = config, split, accelerator.device
         batch, world = config.train.batch, accelerator.num_processes
         if batch < world:
             raise ConfigError(f"train.batch {batch} is smaller than the {world} processes that share it")
+        if launch.shard and batch % world:
+            raise ConfigError(
+                f"launch.shard needs as many images for each process: train.batch {batch} is not a multiple "
+                f"of {world}"
+            )
         shares = np.array_split(np.arange(batch), world)
-        self._share, self._largest = shares[accelerator.process_index], len(shares[0])
+        share, self._largest = shares[accelerator.process_index], len(shares[0])
+        self._images = len(share)
         wanted = min(launch.micro_batch or self._largest, self._largest)
-        self.micro = MicroBatch(folder.path, device_name(self.device), wanted)
+        self.micro = MicroBatch(folder.path, device_name(accelerator.device), wanted)
+        self._feed = Feed(config, split, slice(share[0], share[-1] + 1), accelerator.device, kept)
+        self._now: tuple[int, tuple[int, ...], Drawn] | None = None
+
+    def __enter__(self) -> Batches:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._feed.close()
 
     @property
-    def rows(self) -> list[np.ndarray]:
-        """This process's rows of the global batch, by micro-batch."""
+    def _counts(self) -> list[int]:
+        """Images of each micro-batch."""
         # As many as the process with most rows takes, so that none waits long for the others.
-        micros = min(-(-self._largest // self.micro.size), len(self._share))
-        return np.array_split(self._share, micros)
+        micros = min(-(-self._largest // self.micro.size), self._images)
+        each, more = divmod(self._images, micros)
+        return [each + 1] * more + [each] * (micros - more)
 
     def micro_batches(self, step: int, scales: tuple[int, ...]) -> list[MicroTokens]:
         """Tokens (b, L) of these scales, labels (b,) after label drop, and drop-path factors (depth, 2, b),
         on the device."""
-        config, n = self.config, self.split.images
-        batch, seed = config.train.batch, config.seed
-        indices, views = batch_indices(seed, step, batch, n), batch_views(step, batch, n, config.data.views)
-        draws = step_draws(config.model, seed, step, batch)
-        labels = np.where(draws.drop_label, config.model.num_classes, self.split.labels[indices])
-        columns = None
-        if scales != config.tokenizer.scales:
-            columns = token_columns(config.tokenizer.scales, scales)
-        micro = []
-        for rows in self.rows:
-            cached = self.split.tokens(indices[rows], views[rows])
-            tokens = (cached if columns is None else cached[:, columns]).astype(np.int64)
-            path = None if draws.path_scale is None else torch.from_numpy(draws.path_scale[:, :, rows])
-            micro.append((
-                torch.from_numpy(tokens).to(self.device, non_blocking=True),
-                torch.from_numpy(labels[rows]).to(self.device, non_blocking=True),
-                None if path is None else path.to(self.device, non_blocking=True),
-            ))  # fmt: skip
-        return micro
+        if self._now is None or self._now[:2] != (step, scales):
+            self._now = (step, scales, self._feed.share(step, scales))
+        counts, share = self._counts, self._now[2]
+        if len(counts) == 1:
+            return [(share.tokens, share.labels_b, share.path_scale)]
+        paths: list[Tensor | None] = [None] * len(counts)
+        if share.path_scale is not None:
+            paths = [path.contiguous() for path in share.path_scale.split(counts, dim=2)]
+        return list(zip(share.tokens.split(counts), share.labels_b.split(counts), paths, strict=True))
 
 
 def train_step(state: State, batches: Batches, step: int, scales: tuple[int, ...]) -> dict[str, Tensor]:
@@ -92,7 +98,8 @@ def train_step(state: State, batches: Batches, step: int, scales: tuple[int, ...
     while (sums := _gradients(state, batches, step, scales)) is None:
         _give_way(state, batches)
     with batches.micro.final():
-        sums["grad_norm"] = accelerator.clip_grad_norm_(state.model.parameters(), state.config.train.clip)
+        norm = accelerator.clip_grad_norm_(state.model.parameters(), state.config.train.clip)
+        sums["grad_norm"] = state.whole(norm)
         state.optimizer.step()
         state.optimizer.zero_grad()
     return sums
@@ -105,10 +112,16 @@ def rehearse(state: State, batches: Batches) -> None:
     Afterwards all processes take as few images at a time as the one that could take fewest.
     """
     accelerator, scales = state.accelerator, state.config.model.scales
+    if state.sharded:  # they gather each layer together, so as many times
+        _take_the_smallest(accelerator, batches)
     moments = 0 if state.optimizer.state else 2
     while not _fits(state, batches.micro_batches(0, scales)[0], scales, moments):
         _give_way(state, batches)
     state.bare.zero_grad()
+    _take_the_smallest(accelerator, batches)
+
+
+def _take_the_smallest(accelerator: Accelerator, batches: Batches) -> None:
     mine = torch.tensor([batches.micro.size], device=accelerator.device)
     batches.micro.size = int(accelerator.gather(mine).min())
 
@@ -140,6 +153,7 @@ def _gradients(
         for index, part in enumerate(micro):
             # Never forward with the exchange switched on: given up afterwards, it would begin in the next
             # backward pass, of whatever micro-batch.
+            # (Sharded, every backward pass adds up where the slices belong: both contexts do nothing.)
             with accelerator.no_sync(state.model):
                 loss, found = _loss(state, part, scales)
                 if index < len(micro) - 1 or not shared:
@@ -160,6 +174,8 @@ def _gradients(
 def _give_way(state: State, batches: Batches) -> None:
     """After memory ran out: nothing of the attempt stays, and the next one is smaller. Not called while an
     error is handled, whose frames hold the tensors."""
+    if state.sharded:  # the others wait for this process's part of a layer
+        batches.micro.end_smaller()
     batches.micro.halve()
     state.bare.zero_grad()
     release()

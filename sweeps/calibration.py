@@ -47,6 +47,8 @@ class Settings:
     adversarial: bool = False
     random_sizes: int = 0
     """Of a scalable tokenizer's training."""
+    recompute: bool = False
+    shard: bool = False
 
 
 @dataclass(frozen=True)
@@ -302,7 +304,10 @@ def closed_memory(run: RunConfig, machine: Machine, launch: LaunchConfig) -> int
     """``train_memory`` of one of a run's processes."""
     micro = micro_batch(run.train.batch, launch.machines * launch.processes, launch)
     device = "cuda" if gpu_groups(machine, launch) else "cpu"
-    return train_memory(run.model, micro, run.train.precision, device, launch.attention)
+    return train_memory(
+        run.model, micro, run.train.precision, device, launch.attention, launch.recompute_activations,
+        launch.machines * launch.processes if launch.shard else 1,
+    )  # fmt: skip
 
 
 def measure_images(
@@ -354,6 +359,8 @@ def run_settings(run: RunConfig, allotment: Allotment, launch: LaunchConfig) -> 
         launch.compile,
         launch.attention,
         len(allotment.slots),
+        recompute=launch.recompute_activations,
+        shard=launch.shard,
     )
 
 

@@ -223,7 +223,8 @@ def _memory_note(plan: Plan) -> str:
     launch = plan.recipe.launch
     here = " on each machine" if launch.machines > 1 else ""
     if launch.processes > 1:
-        parts = f"a run is {launch.processes} processes{here}, each with its own copy"
+        copy = "its part of the model" if launch.shard else "its own copy"
+        parts = f"a run is {launch.processes} processes{here}, each with {copy}"
     else:
         parts = f"a run is one process{here}"
     measured = [run for run in plan.runs if run.memory_measured]

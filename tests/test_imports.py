@@ -130,6 +130,13 @@ def test_importing_brings_no_torch(module: str) -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
+@pytest.mark.parametrize("module", ["scaling.sample_command", "scaling.data.encode", "scaling.trainer"])
+def test_importing_brings_no_compiler(module: str) -> None:
+    """A second of every start; what trains meets it in torch's optimisers all the same."""
+    code = f"import sys, {module}; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
 @pytest.mark.parametrize(
     ("probe", "job"),
     [

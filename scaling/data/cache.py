@@ -316,16 +316,31 @@ class CachedSplit:
         Raises:
             IndexError: an index or a view that there is not.
         """
+        shard, row = np.divmod(self.rows(indices, views), self._per * self.views)
+        size = self.seq_len * UINT16.itemsize
+        starts = row * size
+        maps = self._bytes
+        pieces = [maps[s][at : at + size] for s, at in zip(shard.tolist(), starts.tolist(), strict=True)]
+        return np.frombuffer(bytearray().join(pieces), UINT16).reshape(len(indices), self.seq_len)
+
+    def rows(self, indices: Int64, views: Int64 | int = 0) -> Int64:
+        """Where the tokens of some images stand in ``everything``, int64 (B,); arguments as of ``tokens``."""
         view = np.broadcast_to(views, indices.shape)
         for what, values, end in (("image", indices, self.images), ("view", view, self.views)):
             if values.min() < 0 or values.max() >= end:
                 raise IndexError(f"{what} {values.min()} to {values.max()} asked for, there are {end}")
-        shard, row = np.divmod(indices if self._places is None else self._places[indices], self._per)
-        size = self.seq_len * UINT16.itemsize
-        starts = (row * self.views + view) * size
-        maps = self._bytes
-        pieces = [maps[s][at : at + size] for s, at in zip(shard.tolist(), starts.tolist(), strict=True)]
-        return np.frombuffer(bytearray().join(pieces), UINT16).reshape(len(indices), self.seq_len)
+        places = indices if self._places is None else self._places[indices]
+        found: Int64 = places * self.views + view
+        return found
+
+    def everything(self) -> list[UInt16]:
+        """All tokens, shard by shard (n, L), as they lie in the files."""
+        return [np.frombuffer(one, UINT16).reshape(-1, self.seq_len) for one in self._bytes]
+
+    @property
+    def nbytes(self) -> int:
+        """Of all tokens."""
+        return sum(map(len, self._bytes))
 
 
 class TokenCache:

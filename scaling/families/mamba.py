@@ -51,7 +51,10 @@ class FlexVARMamba(FlexVAR):
 
     def cached_places(self, sizes: tuple[Size, ...], batch: int, like: Tensor) -> list[Any]:
         """The first step's path, from no state."""
-        return self.teacher_places(sizes[:1], like.device)
+        places = self.teacher_places(sizes[:1], like.device)
+        for place in places:
+            place.goes_on = True
+        return places
 
     def enter_step(self, places: list[Any], sizes: tuple[Size, ...], step: int) -> None:
         """The step's path, from the state that the last one ended in."""

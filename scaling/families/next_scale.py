@@ -137,9 +137,8 @@ class NextScale(nn.Module):
         x_BLW = x_BLW.to(compute_dtype(x_BLW))
         places = self.teacher_places(steps, x_BLW.device)
         for layer, (block, place) in enumerate(zip(self.blocks, places, strict=True)):
-            assert isinstance(block, Block)
             path_scale_2B = None if path_scale_D2B is None else path_scale_D2B[layer]
-            x_BLW = block(x_BLW, block.modulation(cond), place, path_scale_2B)
+            x_BLW = block(x_BLW, cond, place, path_scale_2B)
         return self.head.features(x_BLW, cond_BW)
 
     # -- sampling, one step at a time ----------------------------------------------------------------
@@ -182,7 +181,7 @@ class NextScale(nn.Module):
         x_BLW = x_BLW.to(compute_dtype(x_BLW))
         self.enter_step(decoding.places, decoding.sizes, step)
         for block, modulation, place in zip(self.blocks, decoding.modulations, decoding.places, strict=True):
-            x_BLW = block(x_BLW, modulation, place)
+            x_BLW = block.modulated(x_BLW, modulation, place)  # type: ignore[operator]
         decoding.step += 1
         return self.head(x_BLW, cond_BW, guidance if decoding.guided else None)
 

@@ -97,7 +97,7 @@ class Raster(nn.Module):
             x_BLW = x_BLW + self.positions
         x_BLW = x_BLW.to(compute_dtype(x_BLW))
         for layer, block in enumerate(self.blocks):
-            x_BLW = block(x_BLW, (), causal, None if path_scale_D2B is None else path_scale_D2B[layer])
+            x_BLW = block(x_BLW, None, causal, None if path_scale_D2B is None else path_scale_D2B[layer])
         return self.head.features(x_BLW, cond_BW)
 
     def chunks(self, sizes: Sequence[Size] | None = None) -> list[int]:
@@ -134,7 +134,7 @@ class Raster(nn.Module):
             x_B1W = x_B1W + self.positions[decoding.step]
         x_B1W = x_B1W.to(compute_dtype(x_B1W))
         for block, place in zip(self.blocks, decoding.places, strict=True):
-            x_B1W = block(x_B1W, (), place)
+            x_B1W = block.modulated(x_B1W, (), place)  # type: ignore[operator]
         decoding.step += 1
         return self.head(x_B1W, cond_BW, guidance if decoding.guided else None)
 

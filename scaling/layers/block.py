@@ -5,6 +5,9 @@
   gates (``none``: the GPT-2 block, and VAR without adaLN).
 - The mixer is self-attention, or whatever a family brings in its place. How its tokens see each other
   (``place``) is handed through: the same layer serves teacher forcing and cached sampling.
+- With ``recompute`` training keeps only a layer's input, and computes the rest again when its gradient is
+  due (activation checkpointing, 1604.06174). Nothing random happens in a layer, so the numbers are the same,
+  bit for bit; a step takes up to a third more products, which no count of FLOPs here includes.
 
 Shapes: B images, L tokens, H heads, E head width, W width.
 """
@@ -19,6 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from scaling.config import ModelConfig
 from scaling.layers.linear import Linear, linear
@@ -82,6 +86,8 @@ class Block(nn.Module):
         super().__init__()
         w = config.width
         self.kind = config.adaln
+        self.recompute = False
+        """Whether training keeps only the layer's input."""
         self.mixer = mixer
         self.mlp_in = Linear(w, config.mlp_ratio * w, gelu=True)
         self.mlp_out = Linear(config.mlp_ratio * w, w)
@@ -106,14 +112,32 @@ class Block(nn.Module):
         return (self.adaln_offset + cond).unsqueeze(1).unbind(2)
 
     def forward(
-        self, x_BLW: Tensor, modulation: Modulation, place: Any, path_scale_2B: Tensor | None = None
+        self, x_BLW: Tensor, cond: Tensor | None, place: Any, path_scale_2B: Tensor | None = None
     ) -> Tensor:
-        """One layer.
+        """One layer under teacher forcing.
 
         Args:
+            cond: as of ``modulation``.
             place: what the mixer needs to know beside the tokens (attention: an ``Attend``).
             path_scale_2B: factors on the two residual branches of each image (drop path).
         """
+        if self.recompute and torch.is_grad_enabled():
+            result: Tensor = checkpoint(
+                self._conditioned, x_BLW, cond, place, path_scale_2B,
+                use_reentrant=False, preserve_rng_state=False,
+            )  # fmt: skip
+            return result
+        return self._conditioned(x_BLW, cond, place, path_scale_2B)
+
+    def _conditioned(
+        self, x_BLW: Tensor, cond: Tensor | None, place: Any, path_scale_2B: Tensor | None
+    ) -> Tensor:
+        return self.modulated(x_BLW, self.modulation(cond), place, path_scale_2B)
+
+    def modulated(
+        self, x_BLW: Tensor, modulation: Modulation, place: Any, path_scale_2B: Tensor | None = None
+    ) -> Tensor:
+        """One layer, its modulation known: sampling computes it once for all steps."""
         mixed = self.mixer(self._normed(x_BLW, modulation, 0), place)
         x_BLW = self._added(x_BLW, mixed, modulation, 0, path_scale_2B)
         out = self.mlp_out(self.mlp_in(self._normed(x_BLW, modulation, 1)))

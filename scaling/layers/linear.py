@@ -57,7 +57,8 @@ def half_weights(model: nn.Module) -> Iterator[None]:
 
 
 def _is_plain(x: Tensor, weight: Tensor) -> bool:
-    if x.device.type != "cpu":
+    # torch's compiler takes oneDNN's own operator with constant weights only.
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
         return False
     return x.dtype == weight.dtype == torch.bfloat16 or (
         x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")

@@ -41,10 +41,13 @@ class ScanPlace:
     """The convolution's last K − 1 inputs; None before the first token."""
     state_BEN: Tensor | None = None
     """The state of the scan; None before the first token."""
+    goes_on: bool = False
+    """Whether a step follows that starts from where this one ends. Else nothing is written here, and a layer
+    can be computed a second time."""
 
 
 class Mamba(nn.Module):
-    """The mixer. It writes into its place what the next step starts from.
+    """The mixer. It writes into its place what the next step starts from, if there is one.
 
     Args:
         width: of the tokens, W.
@@ -67,6 +70,7 @@ class Mamba(nn.Module):
         self.A_log = nn.Parameter(torch.empty(channels, state))
         self.D = nn.Parameter(torch.ones(channels))
         self.out = nn.Linear(channels, width, bias=False)
+        self.scan = selective_scan
         self.initialise()
 
     @torch.no_grad()
@@ -87,11 +91,20 @@ class Mamba(nn.Module):
         u_BLE = F.silu(self._convolved(x_BLE, place))
         low_BLR, B_BLN, C_BLN = self.selection(u_BLE).split([self.rank, *2 * self.A_log.shape[1:]], dim=-1)
         delta_BLE = F.softplus(self.delta(low_BLR).float() + self.delta_bias)
-        y_BLE, place.state_BEN = selective_scan(
+        y_BLE, state_BEN = self.scan(
             u_BLE, delta_BLE, -self.A_log.float().exp(), B_BLN, C_BLN, self.D, place.state_BEN
         )
+        if place.goes_on:
+            place.state_BEN = state_BEN
         mixed_BLW: Tensor = self.out(y_BLE.to(z_BLE.dtype) * F.silu(z_BLE))
         return mixed_BLW.index_select(1, place.inverse_L)
+
+    def keep_scan_from_compiler(self) -> None:
+        """Unrolled, its loops would be compiled for minutes; the layer is compiled around them.
+
+        Not a decorator of the scan: that imports the compiler, a second, in every command that draws.
+        """
+        self.scan = torch.compiler.disable(selective_scan)
 
     def _convolved(self, x_BLE: Tensor, place: ScanPlace) -> Tensor:
         """Each channel with its own K taps, over the token itself and the K − 1 before it."""
@@ -100,5 +113,6 @@ class Mamba(nn.Module):
             x_BEL = F.pad(x_BEL, (before, 0))
         else:
             x_BEL = torch.cat([place.tail_BEK, x_BEL], dim=2)
-        place.tail_BEK = x_BEL[:, :, x_BEL.shape[2] - before :]
+        if place.goes_on:
+            place.tail_BEK = x_BEL[:, :, x_BEL.shape[2] - before :]
         return F.conv1d(x_BEL, self.taps, self.taps_bias, groups=len(self.taps)).transpose(1, 2)

@@ -37,8 +37,6 @@ SHORTEST_SEGMENT = 8
 """Tokens: the states kept for the backward pass are at most N/8 times as large as u."""
 
 
-# Unrolled, its loops would be compiled for minutes; the rest of a layer is compiled around it.
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def selective_scan(
     u_BLE: Tensor,
     delta_BLE: Tensor,
@@ -181,7 +179,8 @@ class _Scan(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Segment by segment, from the last; computes each one's states again."""
-        arguments, carries = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        saved = ctx.saved_tensors  # once: recomputed tensors can be asked for only once
+        arguments, carries = saved[:5], saved[5:]
         results = [torch.empty_like(x) for x in arguments]
         u, delta, B, C, dy = (x.transpose(0, 1) for x in (*arguments[:2], *arguments[3:], gradients[0]))
         d_u, d_delta, d_B, d_C = (results[i].transpose(0, 1) for i in (0, 1, 3, 4))

@@ -8,11 +8,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
 
 from scaling import flops
+from scaling.backends import choose_attention
 from scaling.clock import host_memory, peak_memory
 from scaling.config import LaunchConfig, RunConfig
 from scaling.data.cache import CachedSplit
@@ -54,18 +56,19 @@ def probe_run(folder: RunFolder, config: RunConfig, launch: LaunchConfig, second
     accelerator = make_accelerator(config, launch)
     with JobProcess(folder, accelerator.is_main_process, accelerator.wait_for_everyone) as job:
         watch = Stopwatch(accelerator, job)
+        launch = replace(launch, attention=choose_attention(folder, config, launch, accelerator))
         state = State(config, launch, accelerator, tokenizer)
         train_split = NoiseTokens(config, config.data.train_images)
 
         def steps(part: str, config: RunConfig, seconds: float, least: int) -> flops.Spent:
-            batches = Batches(config, launch, accelerator, train_split, folder)
             total, step = flops.Spent(0, 0), 0
-            while step < least or watch[part] < seconds:
-                scales = step_scales(config.model, config.seed, step)
-                with watch.timed(part):
-                    set_rates(state.optimizer, config, min(step, config.total_steps - 1))
-                    float(train_step(state, batches, step, scales)["loss_avg"])
-                total, step = total + flops.step_cost(config, scales), step + 1
+            with Batches(config, launch, accelerator, train_split, folder) as batches:
+                while step < least or watch[part] < seconds:
+                    scales = step_scales(config.model, config.seed, step)
+                    with watch.timed(part):
+                        set_rates(state.optimizer, config, min(step, config.total_steps - 1))
+                        float(train_step(state, batches, step, scales)["loss_avg"])
+                    total, step = total + flops.step_cost(config, scales), step + 1
             watch.seconds[f"{part} steps"] = step
             return total
 
@@ -90,10 +93,11 @@ def probe_run(folder: RunFolder, config: RunConfig, launch: LaunchConfig, second
         affordable = batch * max(1, int(seconds / 2 * per_second / (one * batch)))
         images = min(wanted, affordable * accelerator.num_processes)
         with watch.timed("evaluation"):
-            evaluate(
-                state.bare, config.model, state.quantizer, NoiseTokens(config, config.data.val_images),
-                accelerator, cached=config.tokenizer.scales, images=images, batch=batch,
-            )  # fmt: skip
+            state.with_weights(partial(
+                evaluate, config=config.model, quantizer=state.quantizer,
+                split=NoiseTokens(config, config.data.val_images), accelerator=accelerator,
+                cached=config.tokenizer.scales, images=images, batch=batch,
+            ))  # fmt: skip
         with watch.timed("checkpoint"):
             state.save(folder, 1)
         with watch.timed("samples"):

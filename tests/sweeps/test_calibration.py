@@ -201,6 +201,8 @@ def test_a_newer_measurement_replaces_the_older_and_a_damaged_file_is_named(tmp_
         {("train", "batch"): 4},
         {("launch", "compile"): True},
         {("launch", "attention"): "blockwise"},
+        {("launch", "recompute_activations"): True},
+        {("launch", "shard"): True},
         {("launch", "micro_batch"): 1},
         {("launch", "runs_at_once"): 2, ("launch", "threads"): 1},
     ],

@@ -226,6 +226,11 @@ def test_memory_is_told_per_run_and_per_process_when_a_run_has_several(tmp_path:
     assert size(two.runs[-1].memory) in row
     assert size(two.runs[-1].memory_per_process) in row
     assert "a run is 2 processes, each with its own copy" in "\n".join(plan_notes(two))
+    divided = planned(
+        tmp_path, load_recipe("quickstart", {("launch", "processes"): 2, ("launch", "shard"): True})
+    )
+    assert "a run is 2 processes, each with its part of the model" in "\n".join(plan_notes(divided))
+    assert divided.runs[-1].memory < two.runs[-1].memory
 
 
 def test_the_classes_of_the_photographs_are_explained(tmp_path: Path) -> None:
