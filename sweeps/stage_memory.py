@@ -5,9 +5,9 @@
   keeps what its convolution takes. Beside these stand three tensors as large as the largest.
 - Weights, gradients and two Adam moments take 16 bytes a weight. φ, the discriminator and LPIPS are not among
   the weights; what the latter two keep is counted.
-- k-means, which seeds the codebook, sees the features of ``SEED_IMAGES`` images at once, and their distances
-  to its share of the codes twice while they are computed. The allocator still holds what the steps before
-  took, so it is added.
+- k-means, which seeds the codebook, sees the features of ``SEED_IMAGES`` images at once, twice, and of their
+  distances to its share of the codes so many, twice, while they are computed. The allocator still holds what
+  the steps before took, so it is added.
 - Decoded originals are kept, up to a bound.
 - Numbers count as fp32, also where autocast has some in 16 bits: so it is too much rather than too little.
 - Compared with the peaks of whole jobs on a CPU in docs/LOG.md; the libraries' own share is
@@ -24,6 +24,8 @@ from scaling.config import DataConfig, TokenizerConfig, TokenizerRunConfig
 FLOAT = 4
 SEED_IMAGES = 512
 """And no fewer than codes (``scaling.tokenizer.training``)."""
+DISTANCES_AT_ONCE = 2**26
+"""Of ``scaling.tokenizer.quantizer``."""
 KEPT_ORIGINALS = 512 * 2**20
 """Bytes (``scaling.tokenizer.feed``)."""
 ENCODED_PIXELS, ENCODED_IMAGES = 2**19, 256
@@ -63,7 +65,9 @@ def training_memory(config: TokenizerRunConfig, micro_batch: int) -> int:
         judged += 2 * 3 * sum(train.adversarial.channels * 2**i * pixels // 4 ** (i + 1) for i in range(4))
     per_image = nets.encoder + decoded + 3 * nets.largest + judged + 2 * area * tokenizer.vocab
     share, rest = divmod(tokenizer.vocab, len(tokenizer.scales))
-    seeding = 2 * max(SEED_IMAGES, tokenizer.vocab) * area * (share + rest)
+    vectors = max(SEED_IMAGES, tokenizer.vocab) * area
+    distances = min(vectors * (share + rest), DISTANCES_AT_ONCE)
+    seeding = 2 * distances + 2 * vectors * tokenizer.latent_channels
     return FLOAT * (4 * nets.weights + micro_batch * per_image + seeding) + kept_originals(config.data)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from scaling.config import DataConfig, LaunchConfig, TokenizerConfig, TokenizerRunConfig, TokenizerTrainConfig
 from scaling.data import encode
 from scaling.records import RunFolder
-from scaling.tokenizer import feed, training
+from scaling.tokenizer import feed, quantizer, training
 from scaling.tokenizer.vqvae import Tokenizer
 from sweeps import stage_memory
 from sweeps.calibration import Calibration, measure_images
@@ -59,6 +59,7 @@ def test_what_is_kept_for_the_backward_pass_is_counted(
 
 def test_the_constants_are_those_of_the_jobs() -> None:
     assert (stage_memory.SEED_IMAGES, stage_memory.KEPT_ORIGINALS) == (training.SEED_IMAGES, feed.CACHE_BYTES)
+    assert stage_memory.DISTANCES_AT_ONCE == quantizer.DISTANCES_AT_ONCE
     for resolution in (16, 64, 256, 1024):
         wanted = min(stage_memory.ENCODED_IMAGES, stage_memory.ENCODED_PIXELS // resolution**2)
         assert encode.batch_size(resolution, "cpu") == max(1, wanted)
