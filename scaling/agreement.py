@@ -13,6 +13,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import time
 from pathlib import Path
 
@@ -35,16 +37,17 @@ def same_start(accelerator: Accelerator, checkpoints: Path, step: int) -> None:
     """Every process calls it with the step of the checkpoint that it has found (0: none), before it goes on.
 
     Raises:
-        RecordsError: (in all of them) they have found different ones.
+        RecordsError: (in all of them) they have found different ones; another try may end otherwise.
     """
     mine = torch.tensor([step], device=accelerator.device)
     found = accelerator.gather(mine).tolist()
     if len(set(found)) > 1:
+        late = OSError(errno.ESTALE, os.strerror(errno.ESTALE))  # mostly: it counts as one
         raise RecordsError(
             f"{checkpoints}: the processes go on from different checkpoints (steps "
             f"{', '.join(map(str, found))} by process): not all see the folder alike, or one is damaged; "
             "start again, or remove the newest checkpoint"
-        )
+        ) from late
 
 
 class Agreement:

@@ -149,6 +149,13 @@ def forget_newest(folder: str | Path) -> None:
         shutil.rmtree(found[-1])
 
 
+def forget_later(folder: str | Path, step: int) -> None:
+    """Remove the checkpoints after ``step``: what was done since is done again, perhaps with another end."""
+    for path in _checkpoints(Path(folder)):
+        if _step(path) > step:
+            shutil.rmtree(path)
+
+
 def load_checkpoint(folder: str | Path, upto: int | None = None) -> Checkpoint | None:
     """The newest undamaged checkpoint of a folder, or None when there is none.
 

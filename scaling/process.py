@@ -18,7 +18,8 @@
 - ``beat`` only remembers; one thread writes ``status.json`` about once a second, so that a training
   step never waits for the disk and the heartbeat goes on through a long batch.
 - The same thread watches the launcher (``VARSCALE_LAUNCHER_PID``): a job whose launcher was killed
-  leaves as if it had been asked to, instead of holding the machine.
+  leaves as if it had been asked to, instead of holding the machine; one that stands still then ends itself,
+  after the silence after which its launcher would have.
 - A thread also beats while the work itself stands still, in a collective that a dead peer never joins, say.
   So the status says too when the job last called ``beat`` or ``should_stop`` (``progress_at``), which is what
   the scheduler looks at; a job that is about to be ended for its silence prints where its threads stand.
@@ -53,7 +54,8 @@ LAUNCHER = "VARSCALE_LAUNCHER_PID"
 """Environment variable with the process id of the launcher, set by the scheduler."""
 
 HANG = "VARSCALE_HANG_SECONDS"
-"""Environment variable with the silence after which the scheduler ends the job."""
+"""Environment variable with the silence after which the scheduler ends the job, or, once that is gone, the
+job itself."""
 DUMP_SHARE = 0.8
 """Of that silence, after which the job prints where its threads stand."""
 
@@ -115,7 +117,8 @@ class JobProcess:
         self._thread_error: BaseException | None = None
         self._stack = contextlib.ExitStack()
         self.after_divergence = False
-        """(main process) Whether the attempt before ended because the run diverged."""
+        """(main process) Whether the run diverged and no attempt has gone back since; one that has says
+        ``beat(go_back=False)``."""
 
     # -- what a job calls ----------------------------------------------------------------------
 
@@ -160,11 +163,8 @@ class JobProcess:
 
     def _begin(self) -> None:
         before = self.folder.status()
-        self.after_divergence = before.get("cause") == "diverged"
-        counts = {"attempt": before.get("attempt", 0) + 1}
-        if self.after_divergence:
-            counts["divergences"] = before.get("divergences", 0) + 1
-        self.folder.set_status("running", **counts, progress_at=self._moved)
+        self.folder.set_status("running", attempt=before.get("attempt", 0) + 1, progress_at=self._moved)
+        self.after_divergence = bool(self.folder.status().get("go_back", False))
 
     def __exit__(
         self,
@@ -208,20 +208,24 @@ class JobProcess:
 
     def _watch(self) -> None:
         launcher = int(os.environ.get(LAUNCHER, 0))
-        silent, limit = 0.0, DUMP_SHARE * float(os.environ.get(HANG, "inf"))
+        born, orphan = _birth(launcher), False
+        silent, limit = 0.0, float(os.environ.get(HANG, "inf"))
         while not self._ended.wait(BEAT_SECONDS):
-            if launcher and not alive(launcher):
+            if launcher and not orphan and not (alive(launcher) and _birth(launcher) == born):
+                orphan = True
                 self._stop.set()
             silent += BEAT_SECONDS
             quiet = time.monotonic() - self._still
-            if quiet >= limit and not self._shown:
+            if quiet >= DUMP_SHARE * limit and not self._shown:
                 self._shown = True
                 with contextlib.suppress(OSError, ValueError):  # a full disk, or no real stderr
                     print(f"no progress for {quiet:.0f} s; the threads stand here:", file=sys.stderr)
                     faulthandler.dump_traceback(all_threads=True)
+            if orphan and quiet >= limit:
+                self._end_now(quiet)
             try:
                 with self._guard:
-                    if not self.is_main or self._ended.is_set():
+                    if not self.is_main or self._ended.is_set() or self._thread_error is not None:
                         continue
                     if (self._changed or silent >= IDLE_SECONDS) and not self._failed():
                         # First: what changes during the write is for the next one.
@@ -229,7 +233,13 @@ class JobProcess:
                         self.folder.update_status("running", **self._facts, progress_at=self._moved)
             except (OSError, RecordsError) as error:
                 self._thread_error = error
-                return
+
+    def _end_now(self, quiet: float) -> None:
+        """In place of the launcher that is gone; the main thread will never look at its flag."""
+        with contextlib.suppress(OSError, RecordsError):  # without the guard: the main thread may hold it
+            error = f"made no progress for {quiet:.0f} s, its launcher gone, and ended itself"
+            self.folder.fail(error, FAILED, "hung")
+        os._exit(FAILED)
 
     def _raise_thread_error(self) -> None:
         if self._thread_error is not None:
@@ -256,6 +266,14 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:  # no /proc on this system
         return True
+
+
+def _birth(pid: int) -> str | None:
+    """When a process began, in ticks since the system's start: an id may be another process's by now."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:  # gone, or no /proc on this system
+        return None
 
 
 def disk_full(error: BaseException) -> bool:
@@ -292,7 +310,7 @@ def exit_code(error: BaseException) -> int:
 def cause_of(error: BaseException) -> str:
     """The failure for a machine: ``diverged``, ``memory``, ``disk``, ``refused`` or ``error``.
 
-    The scheduler adds ``killed`` and ``hung``, of which a job cannot tell.
+    The scheduler adds ``killed`` and ``hung``, of which a job cannot tell while its launcher lives.
     """
     if isinstance(error, DivergedError | MemoryShortError):
         return error.cause

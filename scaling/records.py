@@ -228,6 +228,10 @@ class RunFolder:
                 "their own with --data.name NAME, or move that folder away to make it again"
             )
 
+    def encoded(self) -> bool:
+        """Whether a token cache was finished once; its shards may be damaged by now."""
+        return _read_if_there(self.path / "manifest.json", {}).get("complete") is True
+
     def unreadable(self) -> dict[str, int]:
         """Images of each split that a token cache had to skip; none named for a split without any."""
         file = self.path / "manifest.json"
@@ -311,9 +315,13 @@ class RunFolder:
     def set_status(self, state: str, **more: Any) -> None:
         """Replace the state and merge ``more`` into ``status.json``; sets ``heartbeat`` (Unix time).
 
-        A failure recorded before is forgotten. Only for who has the folder alone: before a job's
+        A failure recorded before is forgotten; of a run that diverged, ``divergences`` counts how often, and
+        ``go_back`` stays true until an attempt has. Only for who has the folder alone: before a job's
         processes work in it, and after.
         """
+        before = self.status()
+        if before.get("cause") == "diverged":
+            more = {"go_back": True, "divergences": before.get("divergences", 0) + 1} | more
         self.update_status(state, **more)
         self._failure.unlink(missing_ok=True)
 
@@ -391,7 +399,8 @@ def read_sweep(sweep: str | Path) -> SweepRecord:
     """``sweep.json`` of a sweep folder.
 
     Raises:
-        RecordsError: not there, or not of this form; a tokenizer or tokens outside the folder of all sweeps.
+        RecordsError: not there, or not of this form; a run outside the sweep's folder, a tokenizer or tokens
+            outside the folder of all sweeps.
     """
     root = Path(sweep)
     file = root / "sweep.json"
@@ -409,6 +418,8 @@ def read_sweep(sweep: str | Path) -> SweepRecord:
     home = Path(os.path.normpath(root.absolute()))
     everything = home.parent
     for run in runs:
+        if run.run in ("", "..") or Path(run.run).name != run.run:
+            raise RecordsError(f"{file}: run {run.run!r} is no name of a folder in {home.name}/")
         for key, link in (("tokenizer", run.tokenizer), ("tokens", run.tokens)):
             if not Path(os.path.normpath(home / link)).is_relative_to(everything):
                 raise RecordsError(f"{file}: {key} {link!r} of {run.run} lies outside {everything.name}/")

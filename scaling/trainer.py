@@ -39,6 +39,7 @@ from scaling.checkpoint import (
     NotFiniteError,
     Tensors,
     check_finite,
+    forget_later,
     forget_newest,
     load_checkpoint,
     optimizer_tensors,
@@ -114,6 +115,9 @@ def _train(
         job.beat(attention=attention)
         state = State(config, launch, accelerator, tokenizer)
         start, shared = state.resume(folder, sharing.trunk)
+        if job.after_divergence:
+            forget_later(folder.branches, start)
+            job.beat(go_back=False)
         total = config.total_steps
         train_split, val_split = cache.split("train"), cache.split("val")
         mirror = Mirror(accelerator, launch, folder, 0 if shared else start)

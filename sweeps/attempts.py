@@ -4,7 +4,8 @@
   look after their jobs by this, so that a run is treated alike wherever it is trained.
 - What a job has recorded itself counts. What it could not say (it was killed, was ended for its silence, met
   a full disk, left without its product) is recorded for it.
-- A status that an attempt has not touched says nothing about this attempt.
+- A status that an attempt has not touched says nothing about this attempt, and one that cannot be read
+  nothing about the job.
 """
 
 from __future__ import annotations
@@ -59,6 +60,8 @@ class Attempts:
     hung: float | None = None
     """Seconds of silence after which this attempt was to be ended."""
     _heartbeat: float | None = None
+    _before: int = 0
+    """Tries that counted before the last failure."""
     _log_start: int = 0
     _pulse: Pulse = field(default_factory=Pulse)
 
@@ -69,16 +72,17 @@ class Attempts:
 
     def log_tail(self) -> list[str]:
         """The last lines of this attempt."""
-        if not self.log.exists():
+        try:
+            with self.log.open("rb") as file:
+                file.seek(self._log_start)
+                text = file.read().decode("utf-8", "replace")
+        except OSError:  # none yet, or none that can be read now
             return []
-        with self.log.open("rb") as file:
-            file.seek(self._log_start)
-            text = file.read().decode("utf-8", "replace")
         return [line for line in text.splitlines() if line.strip()][-TAIL_LINES:]
 
-    def begin(self) -> None:
-        """An attempt starts now: what is in the status and the log is of those before."""
-        self._heartbeat = self.folder.status().get("heartbeat")
+    def begin(self, status: Mapping[str, Any]) -> None:
+        """An attempt starts now: what is in the status, as it is read now, and the log is of those before."""
+        self._heartbeat = status.get("heartbeat")
         self._log_start = self.log.stat().st_size if self.log.exists() else 0
         self._pulse, self.hung = Pulse(), None
 
@@ -86,7 +90,10 @@ class Attempts:
         """Whether the attempt has not got on for too long and is to be ended; told once."""
         if self.hung is not None or not self._pulse.due(patience.hang_seconds):
             return False
-        silence = self._pulse.silent(self.folder.status())
+        try:
+            silence = self._pulse.silent(self.folder.status())
+        except OSError:  # which says nothing about the job
+            return False
         self.hung = silence if silence > patience.hang_seconds else None
         return self.hung is not None
 
@@ -96,6 +103,9 @@ class Attempts:
         Args:
             code: its exit code, or the negative number of the signal that killed it.
             asked: it was asked to leave.
+
+        Raises:
+            OSError: its folder cannot be read; nothing was changed.
         """
         status = self.folder.status()
         fresh = status.get("heartbeat") != self._heartbeat
@@ -113,6 +123,18 @@ class Attempts:
             return End("elsewhere", code)
         return self._failed(code, recorded, status if fresh else {"state": recorded})
 
+    def unread(self, code: int, seconds: float) -> End:
+        """Of an attempt whose folder could not be read for so long after it."""
+        return End(
+            "failed", code, f"its folder could not be read for {seconds:.0f} s after it ended",
+            status={"state": "silent"},
+        )  # fmt: skip
+
+    def recorded(self, status: Mapping[str, Any]) -> End:
+        """Of an attempt that another launcher began and did not live to see fail."""
+        self.hung = None
+        return self._failed(int(status.get("exit_code", FAILED)), "failed", status)
+
     def _failed(self, code: int, recorded: str, status: Mapping[str, Any]) -> End:
         cause = str(status["cause"]) if recorded == "failed" and "cause" in status else None
         reason = self._why(code, recorded, status)
@@ -124,6 +146,7 @@ class Attempts:
 
     def again(self, end: End, patience: Patience) -> float | None:
         """Seconds until another try after a failure, which is recorded then; None if there is to be none."""
+        self._before = self.tries.count
         pause = self.tries.pause(end.cause, end.code == REFUSED, end.status, patience)
         if pause is not None and end.cause != "diverged":  # which the next attempt is to find in its status
             self._record("waiting", error=f"{end.reason}; to be tried again")
@@ -131,7 +154,7 @@ class Attempts:
 
     def give_up(self, end: End) -> str:
         """Record a failure for good, unless the job has; the reason, with how often it was tried."""
-        reason, often = end.reason, self.tries.count > 1
+        reason, often = end.reason, self.tries.count > max(1, self._before)  # not failures before this one
         if often:
             reason += f" ({self.tries.count} times, no further each time)"
         if end.status["state"] != "failed" or often:

@@ -22,6 +22,7 @@ from rich.console import Console
 from scaling.config import ConfigError, DataConfig, RunConfig, require
 from scaling.records import RecordsError, RunFolder
 from sweeps import calibration, slurm, speed_store
+from sweeps.attempts import FULL
 from sweeps.costs import Pricing, Rates, rates
 from sweeps.forecasts import Forecasts, MakeForecasts, point_of, surprises
 from sweeps.jobs import Job
@@ -187,8 +188,10 @@ def launch(made: Plan, jobs: Sequence[Job], check_data: CheckData) -> Result:
         return Result(tuple(scheduler.states), interrupted=False)
     with display:
         result = _lead(made, scheduler, out)
-    spent = TimeSpent(len(made.allotment.slots), time.monotonic() - started, before, time_spent(jobs))
-    say(out, spent.told(result.states, whole_machine=not any(made.allotment.slots)))
+    wall = time.monotonic() - started
+    with contextlib.suppress(OSError):  # a folder that cannot be read now; the report is still to come
+        spent = TimeSpent.by(result.states, len(made.allotment.slots), wall, before)
+        say(out, spent.told(result.states, whole_machine=not any(made.allotment.slots)))
     tell(result, out)
     tell_unreadable(made, out)
     return result
@@ -330,8 +333,7 @@ def _calibrate(made: Plan, state: JobState, out: Console) -> None:
 
 
 def check_images(made: Plan, check_data: CheckData) -> None:
-    stages = made.stage_jobs
-    needed = any(job.state != "done" for job in stages)
+    stages, needed = made.stage_jobs, _needs_images(made)
     if not needed and made.data.source == "hf":
         return  # its fingerprint is the name and the counts, which the config has
     try:
@@ -344,12 +346,20 @@ def check_images(made: Plan, check_data: CheckData) -> None:
         job.folder.check_data(fingerprint)
 
 
+def _needs_images(made: Plan) -> bool:
+    """Whether there is something to be made from them; a check of a finished cache that was broken off asks
+    for them itself, should it find damage."""
+    return any(
+        job.state != "done" and not (job.kind == "tokens" and job.folder.encoded()) for job in made.stage_jobs
+    )
+
+
 def _missing_data(made: Plan, check_data: CheckData) -> str | None:
     """Why the images that are still needed are not there; None when they seem to be.
 
     Only a folder with nothing for training in it is looked at closer: a plan should not list a million files.
     """
-    if made.data.path is None or all(j.state == "done" for j in made.stage_jobs if j.kind == "tokens"):
+    if made.data.path is None or not _needs_images(made):
         return None
     path = Path(made.data.path)
     if any(any(folder.glob("train*")) for folder in (path, path / "data")):
@@ -433,7 +443,12 @@ def notes(out: Console, *texts: str) -> None:
 
 
 def say(out: Console, text: str, style: str = "") -> None:
-    out.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
+    """Print a line, unless the output is a file on a disk that is full: that ends no sweep."""
+    try:
+        out.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
 
 
 def runs_done(result: Result) -> bool:

@@ -153,7 +153,7 @@ class Leader:
         """Show that this machine is alive, close the turn when its run has ended, look at the others."""
         if self._run and not running:
             self._run = ""
-            self._show()
+            self._sign.facts = self._facts
         self._sign.beat()
         for other in self._others.values():
             other.look()
@@ -161,11 +161,18 @@ class Leader:
     def end(self, exit_code: int) -> None:
         """Send the others home."""
         self._run = ""
-        with self._place:
+        with (
+            self._place,
+            contextlib.suppress(OSError),
+        ):  # then they hear nothing more
             self._show(exit_code=exit_code)
 
+    @property
+    def _facts(self) -> dict[str, Any]:
+        return {"session": self._session, "turn": self._turn, "run": self._run}
+
     def _show(self, **more: Any) -> None:
-        self._sign.show(session=self._session, turn=self._turn, run=self._run, **more)
+        self._sign.show(**self._facts, **more)
 
 
 class Follower:

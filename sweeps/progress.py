@@ -111,10 +111,19 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._live:
-            self._live.stop()
+            with contextlib.suppress(OSError):
+                self._live.stop()
 
     def update(self, states: Sequence[JobState]) -> None:
-        """Show what has changed; cheap when it is too early to."""
+        """Show what has changed; cheap when it is too early to.
+
+        A folder that cannot be read now, or an output that takes no more (a file on the disk that is full),
+        is no reason to end a sweep.
+        """
+        with contextlib.suppress(OSError):
+            self._update(states)
+
+    def _update(self, states: Sequence[JobState]) -> None:
         now = time.monotonic()
         events = self._events(states)
         for event in events:

@@ -13,7 +13,9 @@
   which may fail or go on once it has left that.
 - A job that is ``alone`` (tokenizers and token caches, which use every core) goes before all others and
   beside none. While it waits for those that run, only what is expected to end before them is started.
-- What cannot be written (a full disk) fails the job concerned and never the launcher.
+- What cannot be written (a full disk) or read (a shared file system that stumbles) fails the job concerned,
+  which may be tried again, and never the launcher. A job that has ended is left for a while until its folder
+  can be read again, since what it has done would be told wrong.
 """
 
 from __future__ import annotations
@@ -25,11 +27,11 @@ import shlex
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import IO, Literal
+from typing import IO, Any, Literal
 
 from scaling.records import write_json
 from sweeps.attempts import DISK_FULL, FAILED, FULL, REFUSED, Attempts, End
@@ -38,6 +40,8 @@ from sweeps.patience import Patience
 
 Phase = Literal["waiting", "running", "elsewhere", "done", "failed", "interrupted", "blocked"]
 ENDED = ("done", "failed", "interrupted", "blocked")
+UNREAD_SECONDS = 60.0
+"""How long the folder of a job that is to start or has ended may be unreadable until that is a failure."""
 TICK_SECONDS = 0.1
 SAME_SIGNAL_SECONDS = 3.0
 
@@ -61,9 +65,13 @@ class JobState:
     """Started by this launcher with nothing done before."""
     slot: int | None = None
     process: subprocess.Popen[bytes] | None = None
+    unread: float | None = None
+    """Since when, by the monotonic clock, its folder could not be read when something hung on it."""
     not_before: float = 0.0
     """Of the next try, by the monotonic clock."""
     claim: IO[str] | None = None
+    orphan: bool = False
+    """While it is elsewhere: no launcher has it, which would try it again."""
     prepared: bool = False
     """Whether ``launch.json`` was written: once, however long the job then waits for other machines."""
     attempts: Attempts = field(init=False)
@@ -167,16 +175,25 @@ class Scheduler:
                 continue
             if held and state.job.weight > self._longest_left():
                 continue
-            needs = [phases.get(path, "done") for path in state.job.needs]
-            trunk = state.job.lacks
-            if trunk is not None:
-                needs.append(phases.get(trunk.path, "done"))
-            if any(phase in ENDED and phase != "done" for phase in needs):
-                if trunk is not None and needs[-1] in ENDED:
-                    state.reason = f"needs step {state.job.start} of {trunk.name}, which is {needs[-1]}"
-                self._end(state, "blocked")
-            elif all(phase == "done" for phase in needs):
-                held |= self._start_if_free(state)
+            try:
+                held |= self._start_if_ready(state, phases)
+                state.unread = None
+            except OSError as error:  # a launcher that cannot look into a folder goes on with the other jobs
+                if error.errno in FULL or self._unreadable(state):
+                    self._not_started(state, error)
+
+    def _start_if_ready(self, state: JobState, phases: Mapping[Path, Phase]) -> bool:
+        """As ``_start_if_free``, once all that it needs is done."""
+        needs = [phases.get(path, "done") for path in state.job.needs]
+        trunk = state.job.lacks
+        if trunk is not None:
+            needs.append(phases.get(trunk.path, "done"))
+        if any(phase in ENDED and phase != "done" for phase in needs):
+            if trunk is not None and needs[-1] in ENDED:
+                state.reason = f"needs step {state.job.start} of {trunk.name}, which is {needs[-1]}"
+            self._end(state, "blocked")
+            return False
+        return all(phase == "done" for phase in needs) and self._start_if_free(state)
 
     def _start_if_free(self, state: JobState) -> bool:
         """Start the job unless all places are taken or another process works on it; whether it waits, as one
@@ -190,32 +207,50 @@ class Scheduler:
         if not free or any(s.job.alone for s in running):
             return False
         status = state.job.folder.status()
-        try:
-            if state.claim is None:
-                state.claim = claim(state.job.folder.path / ".launcher")
-            if state.claim is None or state.job.folder.busy():
-                state.phase = "elsewhere"
-            elif self.patience.given_up(status) or (state.phase == "elsewhere" and recorded == "failed"):
-                state.reason = str(status.get("error", "failed under another launcher"))
-                state.code = int(status.get("exit_code", 1))
-                self._end(state, "failed")
-            elif state.job.alone and running:
-                return True
-            else:
-                self._start(state, free[0])
-        except OSError as error:  # a launcher that cannot write here goes on with the other jobs
-            full = error.errno in FULL
-            state.reason = DISK_FULL if full else f"could not be started: {error}"
-            state.code = REFUSED if full else FAILED
-            if not self._again(state, End("failed", state.code, state.reason, status=status)):
-                self._end(state, "failed")
+        if state.claim is None:
+            state.claim = claim(state.job.folder.path / ".launcher")
+        elsewhere = state.phase == "elsewhere"
+        if state.claim is None or state.job.folder.busy():
+            state.phase, state.orphan = "elsewhere", state.claim is not None
+        elif self.patience.given_up(status) or (elsewhere and not state.orphan and recorded == "failed"):
+            state.reason = str(status.get("error", "failed under another launcher"))
+            state.code = int(status.get("exit_code", 1))
+            self._end(state, "failed")
+        elif elsewhere and recorded == "failed":
+            self._failed(state, state.attempts.recorded(status))
+        elif state.job.alone and running:
+            return True
+        else:
+            try:
+                self._start(state, min(free, key=self._crowd), status)
+            except OSError as error:
+                self._not_started(state, error)
         return False
+
+    def _crowd(self, place: int) -> int:
+        """How many running jobs have a device of this place."""
+        mine = set(self.slots[place])
+        return sum(not mine.isdisjoint(self.slots[s.slot]) for s in self.states if s.slot is not None)
+
+    def _not_started(self, state: JobState, error: OSError) -> None:
+        full = error.errno in FULL
+        state.reason = DISK_FULL if full else f"could not be started: {error}"
+        state.code = REFUSED if full else FAILED
+        if not self._again(state, End("failed", state.code, state.reason)):
+            self._end(state, "failed")
+
+    @staticmethod
+    def _unreadable(state: JobState) -> bool:
+        """Whether the job's folder, which cannot be read now, could not for too long."""
+        now = time.monotonic()
+        state.unread = state.unread or now
+        return now - state.unread >= UNREAD_SECONDS
 
     def _longest_left(self) -> float:
         """The most FLOPs that a running job has still to do."""
         return max((_left(s.job) for s in self.states if s.process is not None), default=0.0)
 
-    def _start(self, state: JobState, slot: int) -> None:
+    def _start(self, state: JobState, slot: int, status: Mapping[str, Any]) -> None:
         job = state.job
         if not state.prepared:
             write_json(job.folder.path / "launch.json", job.launch)  # before other machines are called
@@ -226,11 +261,11 @@ class Scheduler:
         environment = os.environ | job.environment | more | {HANG: str(self.patience.hang_seconds)}
         if self.slots[slot]:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(self.slots[slot])
-        state.from_scratch = job.folder.status().get("attempt", 0) == 0
+        state.from_scratch = status.get("attempt", 0) == 0
         with state.log.open("ab") as log:
             log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(job.command)}\n".encode())
             log.flush()
-            state.attempts.begin()
+            state.attempts.begin(status)
             state.process = subprocess.Popen(
                 job.command,
                 stdin=subprocess.DEVNULL,
@@ -240,6 +275,7 @@ class Scheduler:
                 start_new_session=True,
             )
         state.slot, state.phase, state.started = slot, "running", time.time()
+        state.unread = None
 
     # -- ending --------------------------------------------------------------------------------
 
@@ -253,19 +289,30 @@ class Scheduler:
                 kill(state.process)
 
     def _collect(self, state: JobState, code: int) -> None:
+        try:
+            end = state.attempts.ended(code, self._stopping)
+        except OSError:
+            if not self._unreadable(state):
+                return
+            end = state.attempts.unread(code, UNREAD_SECONDS)
         state.seconds = time.time() - (state.started or time.time())
         state.process, state.slot = None, None
-        end = state.attempts.ended(code, self._stopping)
         state.code, state.reason = end.code, end.reason
         if end.kind == "elsewhere":
             state.phase = "elsewhere"
-        elif end.kind != "failed":
+        elif end.kind == "failed":
+            self._failed(state, end)
+        else:
             self._end(state, end.kind)
-        elif not self._again(state, end):
-            state.reason = state.attempts.give_up(end)
-            self._end(state, "failed")
         if end.kind == "done":
             self.on_done(state)
+
+    def _failed(self, state: JobState, end: End) -> None:
+        """Mark it failed, or to be tried again."""
+        state.code, state.reason = end.code, end.reason
+        if not self._again(state, end):
+            state.reason = state.attempts.give_up(end)
+            self._end(state, "failed")
 
     def _again(self, state: JobState, end: End) -> bool:
         """Let it wait for another try after a failure; False when there is to be none."""
@@ -299,7 +346,7 @@ class Scheduler:
         """Ask once; a signal clearly later than the first one (no echo of it) kills."""
         if self._signals[-1] - self._signals[0] > SAME_SIGNAL_SECONDS:
             for state in self.states:
-                if state.process is not None:
+                if state.process is not None and state.process.poll() is None:
                     kill(state.process)
         elif not self._stopping:
             self._ask_all_to_leave()
@@ -307,7 +354,7 @@ class Scheduler:
 
     def _ask_all_to_leave(self) -> None:
         for state in self.states:
-            if state.process is not None:
+            if state.process is not None and state.process.poll() is None:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(state.process.pid, signal.SIGTERM)
 
@@ -322,7 +369,10 @@ class Scheduler:
 
 def _left(job: Job) -> float:
     """FLOPs that it has still to do, as far as its status says."""
-    status = job.folder.status()
+    try:
+        status = job.folder.status()
+    except OSError:
+        return job.weight
     total = status.get("total_steps")
     return job.weight * (1 - status.get("step", 0) / total) if total else job.weight
 

@@ -39,9 +39,15 @@ class TimeSpent:
     """Seconds from its first start to its last end."""
     before: Seconds
     after: Seconds
+    """Of the runs that this launch has started."""
+
+    @classmethod
+    def by(cls, states: Sequence[JobState], places: int, wall: float, before: Seconds) -> TimeSpent:
+        """What a launch has spent; what another one trained meanwhile is not its own."""
+        return cls(places, wall, before, time_spent([s.job for s in states if s.started is not None]))
 
     def of(self, part: str) -> float:
-        """Seconds of all runs that went to one of ``scaling.clock.PARTS``, in this launch."""
+        """Seconds of its runs that went to one of ``scaling.clock.PARTS``, in this launch."""
         return sum(
             max(0.0, spent.get(part, 0.0) - self.before.get(run, {}).get(part, 0.0))
             for run, spent in self.after.items()

@@ -171,7 +171,7 @@ def _attempt(entry: Entry, attempts: Attempts) -> End:
     fresh = entry.folder.status().get("attempt", 0) == 0
     address, port = _meeting_point()
     write_json(entry.folder.path / "launch.json", to_dict(entry.launch(0, address, port)))
-    attempts.begin()
+    attempts.begin(attempts.folder.status())
     start = time.monotonic()
     code = _srun(entry, ["node", str(entry.file), address, str(port)], attempts)
     end = attempts.ended(128 - code if 128 < code < 128 + signal.NSIG else code, asked=True)

@@ -10,15 +10,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scaling.config import RunConfig, identity
+from scaling.config import ConfigError, RunConfig, from_dict, identity
 from scaling.flops import Spent, spent
-from scaling.records import RunFolder
+from scaling.records import RecordsError, RunFolder
 from sweeps.designs import LENGTHS
 from sweeps.jobs import Job
 
@@ -86,13 +87,33 @@ def after_trunks(jobs: Sequence[Job]) -> list[Job]:
 
 
 def clear(jobs: Sequence[Job]) -> None:
-    """Remove the checkpoints of every trunk that no branch needs any more."""
+    """Remove the checkpoints of every trunk that no branch needs any more; not now, where a folder cannot be
+    read now."""
     for trunk in jobs:
-        if not trunk.folder.branches.exists():
-            continue
         branches = [job for job in jobs if job.trunk is not None and job.trunk.path == trunk.folder.path]
-        if all(job.state == "done" for job in (trunk, *branches)):
-            shutil.rmtree(trunk.folder.branches, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            if (
+                trunk.folder.branches.exists()
+                and all(job.state == "done" for job in (trunk, *branches))
+                and not _wanted(trunk)
+            ):
+                shutil.rmtree(trunk.folder.branches, ignore_errors=True)
+
+
+def _wanted(trunk: Job) -> bool:
+    """Whether a run of its group is not done that lies in the sweep's folder, though these jobs lack it: the
+    same sweep may have been asked for with other lengths, before or by another launcher."""
+    assert isinstance(trunk.config, RunConfig)
+    group = _group(trunk.config)
+    for file in trunk.folder.path.parent.glob("*/config.json"):
+        folder = RunFolder(file.parent)
+        with contextlib.suppress(RecordsError, ConfigError):  # of an older form, which nobody can train
+            config = from_dict(RunConfig, folder.config())
+            if config.train.schedule != "wsd" or _group(config) != group:
+                continue
+            if folder.status()["state"] != "done" or not folder.weights.exists():
+                return True
+    return False
 
 
 def _group(config: RunConfig) -> str:

@@ -6,7 +6,8 @@
   or is late holds up no collective, and the first one writes the manifest when all shards are there.
 - Images are read in threads while the tokenizer encodes; the batch is small enough that the published
   tokenizer's widest layer fits into a gigabyte on the CPU.
-- Started again, it checks every shard and encodes what is missing or damaged.
+- Started again, it checks every shard and encodes what is missing or damaged. Of a whole cache the images may
+  be gone: they are asked for only when something is to be encoded.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from scaling.config import LaunchConfig, TokenizerRunConfig, from_dict
-from scaling.data.cache import Encode, Progress, build_cache
+from scaling.config import ConfigError, LaunchConfig, TokenizerRunConfig, from_dict
+from scaling.data.cache import Encode, Progress, build_cache, open_cache
 from scaling.data.sources import open_source
 from scaling.process import JobProcess, recorded_failure, run_job
 from scaling.records import RecordsError, RunFolder, read_json
@@ -74,7 +75,14 @@ def encode_folder(folder: RunFolder, tokenizer_run: Path) -> None:
             raise RecordsError(
                 f"{tokenizer_run} holds another tokenizer than {folder.path / 'config.json'} says"
             )
-        source = open_source(config.data)
+        try:
+            source = open_source(config.data)
+        except ConfigError as error:
+            try:
+                open_cache(folder.path, tokenizer.content_hash, config.tokenizer.scales, verify=True)
+            except RecordsError:
+                raise error from None
+            return
         if state.is_main_process:
             folder.claim_data(source.fingerprint())
         started = time.monotonic()

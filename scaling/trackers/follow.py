@@ -6,17 +6,17 @@
   however it went. Nothing else passes between them, so nothing here can hold the trainer up.
 - A tracker that fails is left out from then on, with a note in ``trackers.json``; ``sync`` makes its copy.
 - What does not come to an end a minute after the trainer is given up: a network that is down must not leave
-  processes behind.
+  processes behind. A thread of its own listens for the trainer's end, since a tracker may hang before it.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import select
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,26 +110,27 @@ class Feed:
         return True
 
 
-def follow(folder: RunFolder, launch: LaunchConfig, listen: Callable[[float], str | None]) -> None:
+def feeds_of(folder: RunFolder, launch: LaunchConfig) -> list[Feed]:
+    """The trackers of a run, none begun."""
+    return [
+        Feed(name, Subject(folder.path.parent, folder.name, folder.config(), launch.tracker_project,
+                           launch.wandb_mode))
+        for name in ORDER if name in launch.trackers
+    ]  # fmt: skip
+
+
+def follow(folder: RunFolder, feeds: list[Feed], listen: Callable[[float], str | None]) -> None:
     """Copy the run's lines until ``listen`` tells its end.
 
     Args:
         listen: waits so many seconds at most; the run's state once it has ended, else None.
     """
-    feeds = [
-        Feed(name, Subject(folder.path.parent, folder.name, folder.config(), launch.tracker_project,
-                           launch.wandb_mode))
-        for name in ORDER if name in launch.trackers
-    ]  # fmt: skip
-    lines, state = Lines(folder.path / "metrics.jsonl"), None
+    lines = Lines(folder.path / "metrics.jsonl")
     last: Point | None = None
     for feed in feeds:
         feed.begin()
     while True:
-        ended = listen(LOOK_SECONDS)
-        if ended is not None and state is None:
-            state = ended
-            _give_up_later(folder, feeds)
+        state = listen(LOOK_SECONDS)
         replaced, records = lines.new()  # after listening: what is there now is all, if it has ended
         points = [point_of(record) for record in records]
         last = points[-1] if points else last
@@ -140,8 +141,9 @@ def follow(folder: RunFolder, launch: LaunchConfig, listen: Callable[[float], st
         if state is not None:
             break
     samples = folder.path / SAMPLES
-    mark = run_digest(folder, launch.tracker_project, online(launch.wandb_mode), state)
     for feed in feeds:
+        over_network = feed.tracker == "wandb" and online(feed.subject.wandb_mode)
+        mark = run_digest(folder, feed.subject.project, over_network, state)  # as sync makes it
         drawn = samples if state == "done" and samples.exists() else None
         feed.end(state, drawn, last.axes if last else {})
         _tell(folder, feed, {"digest": mark, "points": feed.points})
@@ -152,34 +154,39 @@ def _tell(folder: RunFolder, feed: Feed, entry: dict[str, Any]) -> None:
     feed.told = True
 
 
-def _give_up_later(folder: RunFolder, feeds: list[Feed]) -> None:
-    def give_up() -> None:
-        for feed in feeds:
-            if not feed.told:
-                feed.note = feed.note or f"was not done {GIVE_UP_SECONDS:.0f} s after the run"
-                _tell(folder, feed, {})
-        os._exit(1)  # not sys.exit: what hangs would hang on
-
-    timer = threading.Timer(GIVE_UP_SECONDS, give_up)
-    timer.daemon = True
-    timer.start()
+def _give_up(folder: RunFolder, feeds: list[Feed]) -> None:
+    for feed in feeds:
+        if not feed.told:
+            feed.note = feed.note or f"was not done {GIVE_UP_SECONDS:.0f} s after the run"
+            _tell(folder, feed, {})
 
 
 class Trainer:
-    """The trainer's word, from standard input."""
+    """The trainer's word, from standard input, and what follows from it."""
 
-    def __init__(self, folder: RunFolder) -> None:
-        self._folder, self._heard = folder, b""
+    def __init__(self, folder: RunFolder, feeds: list[Feed]) -> None:
+        """Begins to listen."""
+        self._folder, self._feeds = folder, feeds
+        self._state: str | None = None
+        self._ended = threading.Event()
+        threading.Thread(target=self._hear, daemon=True).start()
 
     def listen(self, seconds: float) -> str | None:
         """The run's state when the trainer has spoken or gone."""
-        if not select.select([sys.stdin.fileno()], [], [], seconds)[0]:
-            return None
-        heard = os.read(sys.stdin.fileno(), 100)
-        self._heard += heard
-        if self._heard == DONE:
-            return "done"
-        return None if heard else str(self._folder.status()["state"])
+        self._ended.wait(seconds)
+        return self._state
+
+    def _hear(self) -> None:
+        try:
+            heard = b""
+            while heard != DONE and (more := os.read(sys.stdin.fileno(), 100)):
+                heard += more
+            self._state = "done" if heard == DONE else str(self._folder.status()["state"])
+            self._ended.set()
+            time.sleep(GIVE_UP_SECONDS)
+            _give_up(self._folder, self._feeds)
+        finally:
+            os._exit(1)  # not sys.exit: what hangs would hang on
 
 
 def main() -> None:
@@ -194,7 +201,8 @@ def main() -> None:
     with held(folder.path, GIVE_UP_SECONDS + 10) as mine:
         if not mine:
             raise ConfigError("another process has the trackers of this run")
-        follow(folder, launch, Trainer(folder).listen)
+        feeds = feeds_of(folder, launch)
+        follow(folder, feeds, Trainer(folder, feeds).listen)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from scaling import agreement
 from scaling.agreement import AGREE_SECONDS, MOST_STEPS, Agreement, same_start, steps_until_next
+from scaling.process import FAILED, cause_of, exit_code
 from scaling.records import RecordsError
 
 
@@ -113,5 +114,7 @@ def test_processes_that_found_different_checkpoints_do_not_go_on() -> None:
         return SimpleNamespace(device=torch.device("cpu"), gather=lambda mine: torch.tensor(steps))
 
     same_start(of(12, 12, 12), Path("checkpoints"), 12)
-    with pytest.raises(RecordsError, match=r"checkpoints: .* \(steps 12, 0 by process\)"):
+    with pytest.raises(RecordsError, match=r"checkpoints: .* \(steps 12, 0 by process\)") as raised:
         same_start(of(12, 0), Path("checkpoints"), 12)
+    # A file system that is late is right a little later: no refusal, which would end the run for good.
+    assert (exit_code(raised.value), cause_of(raised.value)) == (FAILED, "error")

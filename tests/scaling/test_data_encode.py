@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from scaling.config import DataConfig, LaunchConfig, TokenizerConfig, TokenizerRunConfig, TokenizerTrainConfig
 from scaling.data import encode as encode_module
@@ -161,6 +162,34 @@ def test_wrong_folders_get_one_line_and_exit_2(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_whole_cache_needs_its_images_no_more_and_a_damaged_one_asks_for_them(
+    folders: tuple[Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    tokens, _ = folders
+    images = tmp_path / "images"
+    for number in range(6):
+        file = images / ("val" if number > 3 else "train") / "class" / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (40 * number, 0, 0)).save(file)
+    data = DataConfig("folder", path=str(images), resolution=8, train_images=4, val_images=2, num_classes=1)
+    write_json(tokens / "config.json", to_dict(dataclasses.replace(CONFIG, data=data)))
+    assert run(*folders) == 0
+    images.rename(tmp_path / "away")
+    RunFolder(tokens).set_status("interrupted")  # a check that was killed
+    assert run(*folders) == 0
+    assert RunFolder(tokens).status()["state"] == "done"
+
+    shard = tokens / "train-00000.bin"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    capfd.readouterr()
+    assert run(*folders) == 2
+    assert str(images) in capfd.readouterr().err
+    (tmp_path / "away").rename(images)
+    assert run(*folders) == 0
+    assert shard.read_bytes() == whole
+
+
 def test_a_gpu_that_is_not_there_is_told(
     folders: tuple[Path, Path], capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,9 +14,17 @@ import torch
 from accelerate.state import AcceleratorState
 
 from scaling import checkpoint, trainer
+from scaling.branches import Sharing
 from scaling.checkpoint import NotFiniteError, check_finite, forget_newest, load_checkpoint, save_checkpoint
 from scaling.divergence import FACTOR, PATIENCE, Divergence
-from scaling.process import DivergedError, JobProcess, cause_of, exit_code
+from scaling.process import (
+    DivergedError,
+    Interrupted,
+    JobProcess,
+    cause_of,
+    exit_code,
+    recorded_failure,
+)
 from scaling.records import RunFolder
 from tests.scaling import tiny
 from tests.scaling.test_trainer import numbers, run
@@ -155,14 +165,49 @@ def diverges_at_12(self: Divergence, loss: float, grad_norm: float, step: int) -
         raise DivergedError("the loss is high at step 12")
 
 
-def test_divergence_is_no_refusal_and_is_counted_once(tmp_path: Path) -> None:
+def test_divergence_is_no_refusal_and_is_counted_once_and_gone_back_from_once(tmp_path: Path) -> None:
     error = DivergedError("the loss became nan at step 3")
     assert (cause_of(error), exit_code(error)) == ("diverged", 1)
     folder = RunFolder(tmp_path)
-    for after, count in ((False, None), (True, 1), (False, 1)):
-        with JobProcess(folder) as job:
+    for attempt, (after, count) in enumerate([(False, None), *[(True, 1)] * 3, (False, 1)]):
+        with contextlib.suppress(Interrupted), JobProcess(folder) as job:
             assert job.after_divergence == after
             assert folder.status().get("divergences") == count
             assert "cause" not in folder.status()
-        if not after and count is None:
+            if attempt == 1:  # asked to leave before it has gone back
+                raise Interrupted
+            if attempt == 3:
+                job.beat(go_back=False)
+        if attempt == 0:
             folder.fail(str(error), 1, "diverged")
+            with pytest.raises(OSError, match="a GPU"), recorded_failure(folder):  # before it enters
+                raise OSError(errno.EIO, "a GPU that is not there for a moment")
+        assert folder.status()["attempt"] == attempt + 1
+
+
+def test_what_a_diverged_attempt_has_left_for_branches_is_left_anew(
+    chain: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the steps that the run goes back behind; it may have been on its way to the end by then."""
+    monkeypatch.setattr(trainer.Clock, "checkpoint_due", lambda self: True)
+    folder, calls, leave = RunFolder(tmp_path / "run"), list[tuple[int, list[int]]](), trainer.State.leave
+
+    def left() -> list[int]:
+        return [checkpoint._step(path) for path in checkpoint._checkpoints(folder.branches)]
+
+    def leaving(self: trainer.State, folder: RunFolder, step: int) -> None:
+        calls.append((step, left()))
+        leave(self, folder, step)
+
+    monkeypatch.setattr(trainer.State, "leave", leaving)
+    sharing = Sharing(leave=frozenset({5, 11}))
+    with monkeypatch.context() as patch:
+        patch.setattr(Divergence, "look", diverges_at_12)
+        with pytest.raises(DivergedError):
+            run(folder.path, chain, tiny.run_config(), sharing=sharing)
+    assert left() == [5, 11]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    run(folder.path, chain, tiny.run_config(), sharing=sharing)
+    assert calls == [(5, []), (11, [5]), (11, [5])], "back to step 10, and step 11 left anew"
+    assert left() == [5, 11]
+    assert folder.status()["go_back"] is False

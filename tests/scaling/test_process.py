@@ -271,6 +271,66 @@ def test_a_job_leaves_when_its_launcher_is_gone(tmp_path: Path) -> None:
     assert RunFolder(tmp_path).status()["state"] == "interrupted"
 
 
+HUNG_JOB = """
+    import sys, time
+    from scaling import process
+    from scaling.records import RunFolder
+
+    process.BEAT_SECONDS = process.IDLE_SECONDS = 0.05
+    with process.JobProcess(RunFolder(sys.argv[1]), is_main=sys.argv[2] == "main") as job:
+        print("ready", flush=True)
+        def waits_for_a_peer():
+            time.sleep(60)
+        waits_for_a_peer()
+"""
+
+
+@pytest.mark.parametrize("rank", ["main", "peer"])
+def test_a_job_that_hangs_ends_itself_once_its_launcher_is_gone(tmp_path: Path, rank: str) -> None:
+    """Each of its processes by itself: nobody is left to end it, and it holds the folder and the device."""
+    launcher = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    job = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(HUNG_JOB), str(tmp_path), rank],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=REPOSITORY,
+        env=os.environ | {"VARSCALE_LAUNCHER_PID": str(launcher.pid), "VARSCALE_HANG_SECONDS": "1.5"},
+    )
+    try:
+        assert job.stdout is not None
+        assert job.stdout.readline() == "ready\n"
+        with pytest.raises(subprocess.TimeoutExpired):  # its launcher's business, as long as there is one
+            job.wait(timeout=2.5)
+        launcher.kill()
+        launcher.wait()
+        _, told = job.communicate(timeout=20)
+    finally:
+        job.kill()
+    assert job.returncode == 1
+    assert "in waits_for_a_peer" in told
+    folder = RunFolder(tmp_path)
+    status = folder.status()
+    assert (status["state"], status["cause"], status["exit_code"]) == ("failed", "hung", 1)
+    assert "no progress for" in status["error"]
+    assert not folder.busy()
+
+
+def test_an_id_given_to_another_process_is_no_launcher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "BEAT_SECONDS", 0.01)
+    monkeypatch.setenv(process.LAUNCHER, str(os.getpid()))
+    births = iter(["1", "1", "1"])
+    monkeypatch.setattr(process, "_birth", lambda pid: next(births, "2"))
+    with JobProcess(RunFolder(tmp_path)) as job:
+        deadline = time.monotonic() + 10
+        while not job.should_stop() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert next(births, None) is None, "not before"
+        assert job.should_stop()
+
+
 def test_signal_handlers_are_put_back(tmp_path: Path) -> None:
     before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
     with JobProcess(RunFolder(tmp_path)):

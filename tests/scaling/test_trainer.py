@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from scaling import flops
+from scaling.branches import ALONE, Sharing
 from scaling.checkpoint import load_checkpoint
 from scaling.clock import Clock
 from scaling.config import ConfigError, LaunchConfig, RunConfig, SamplingConfig
@@ -46,12 +47,16 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def run(
-    path: Path, chain: tuple[Path, Path], config: RunConfig, launch: LaunchConfig = tiny.LAUNCH
+    path: Path,
+    chain: tuple[Path, Path],
+    config: RunConfig,
+    launch: LaunchConfig = tiny.LAUNCH,
+    sharing: Sharing = ALONE,
 ) -> RunFolder:
     """Train in this process."""
     folder = tiny.make_run(path, config, launch)
     tokenizer = load_tokenizer(chain[1] / "tokenizer")
-    train(folder, config, launch, open_cache(chain[0], tokenizer.content_hash), tokenizer)
+    train(folder, config, launch, open_cache(chain[0], tokenizer.content_hash), tokenizer, sharing)
     return folder
 
 

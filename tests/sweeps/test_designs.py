@@ -299,6 +299,25 @@ def test_checkpoints_are_cleared_when_no_branch_needs_them(tmp_path: Path) -> No
     assert not trunk.folder.branches.exists()
 
 
+def test_checkpoints_stay_for_branches_of_a_launch_with_other_lengths(tmp_path: Path) -> None:
+    def of(lengths: str) -> list[Job]:
+        plan = planned(tmp_path, recipe(tmp_path, WSD.replace("[1, 2]", "[1]") + f"lengths: {lengths}\n"))
+        plan.write()
+        return list(plan.run_jobs)
+
+    *branches, trunk = of("[1, 2, 4]")
+    for job in branches:
+        trunk.folder.branch(job.start).mkdir(parents=True)
+    for job in (trunk, *branches):
+        job.folder.weights.parent.mkdir(parents=True)
+        job.folder.weights.write_text("")
+        job.folder.set_status("done")
+        (alone,) = of("[4]")
+        assert alone.folder.path == trunk.folder.path
+        clear([alone])
+        assert trunk.folder.branches.exists() == (job is not branches[-1])
+
+
 # -- the scheduler -----------------------------------------------------------------------------
 
 

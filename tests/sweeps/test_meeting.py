@@ -1,6 +1,7 @@
 """Several machines: a run is called when all are there, joined once, and nothing stale is believed."""
 
 import dataclasses
+import errno
 import io
 import json
 import sys
@@ -99,6 +100,35 @@ def wait_for(condition: Callable[[], bool]) -> None:
     end = time.monotonic() + 10
     while not condition() and time.monotonic() < end:
         time.sleep(0.02)
+
+
+def test_a_write_that_fails_at_the_end_of_a_run_ends_no_leader_and_closes_the_turn_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leader, full = Leader(tmp_path, 2, print), threading.Event()
+    real = meeting.write_json
+
+    def write(path: Path, value: object) -> None:
+        if full.is_set():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(path, value)
+
+    def shown() -> str:
+        return str(json.loads((tmp_path / "machines" / "0.json").read_text())["run"])
+
+    leader._run = "a run that was called"
+    leader._show()
+    monkeypatch.setattr(meeting, "write_json", write)
+    full.set()
+    leader.tick(running=False)
+    assert shown() == "a run that was called"
+    full.clear()
+    end = time.monotonic() + 10
+    while shown() and time.monotonic() < end:
+        leader.tick(running=False)
+    assert shown() == ""
+    full.set()
+    leader.end(0)
 
 
 def test_every_run_is_called_once_and_met_at_its_own_place_and_the_exit_code_is_shared(

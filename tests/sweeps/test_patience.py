@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import io
 import math
 import os
+import random
 import re
 import subprocess
 import sys
@@ -15,12 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+from scaling import records
 from scaling.config import ConfigError, LaunchConfig
 from scaling.records import RunFolder
-from sweeps import attempts, patience, scheduler
+from sweeps import attempts, commands, patience, progress, scheduler
 from sweeps.patience import Patience, Pulse, Tries
+from sweeps.progress import Progress
 from sweeps.scheduler import JobState, Result, Scheduler
+from sweeps.trunks import clear
 from tests.sweeps.fake_sweep import fake_job
 from tests.sweeps.test_scheduler import phases, starts
 
@@ -148,6 +154,14 @@ def test_a_diverged_run_is_not_trained_again_by_the_next_launch_either(tmp_path:
     assert starts(tmp_path, "a") == 2
 
 
+@pytest.mark.parametrize("behaviour", ["--diverge", "--refuse"])
+def test_crashes_before_are_not_counted_as_what_ended_it(tmp_path: Path, behaviour: str) -> None:
+    sweep = Scheduler([fake_job(tmp_path, "a", behaviour=behaviour)], [()], patience=QUICK)
+    sweep.states[0].attempts.tries.count = 2
+    (failed,) = sweep.run().failed
+    assert failed.reason == {"--diverge": "it diverged", "--refuse": "data.path: nothing there"}[behaviour]
+
+
 def test_memory_is_tried_again_at_once_and_as_often_as_it_takes(tmp_path: Path) -> None:
     result = launched(fake_job(tmp_path, "a", behaviour="--short"), patience=Patience())
     assert (phases(result), starts(tmp_path, "a")) == ({"a": "done"}, 5)
@@ -237,6 +251,77 @@ def test_a_file_system_that_fails_for_a_moment_costs_a_try(
         1,
         2,
     )
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_sweep_ends_as_always_when_its_launcher_s_looks_fail_now_and_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Of all that it reads of its jobs, wherever it reads it; and no try is spent on that."""
+    real, chance, failed = records._read_if_there, random.Random(seed), set[Path]()
+
+    def stale(path: Path, otherwise: Any) -> Any:
+        if path not in failed or chance.random() < 0.2:
+            failed.add(path)
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+        return real(path, otherwise)
+
+    jobs = [
+        fake_job(tmp_path, "a", 12),
+        fake_job(tmp_path, "b", 6, needs=("a",)),
+        fake_job(tmp_path, "bad", behaviour="--fail"),
+    ]
+    display = Progress(Console(file=io.StringIO()), 2)
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    sweep = Scheduler(
+        jobs, [(), ()], patience=Patience(hang_seconds=60.0), on_tick=display.update,
+        on_done=lambda state: clear(jobs),
+    )  # fmt: skip
+    monkeypatch.setattr(records, "_read_if_there", stale)
+    result = sweep.run()
+    monkeypatch.undo()
+    assert phases(result) == {"a": "done", "b": "done", "bad": "failed"}
+    assert result.failed[0].reason == "ValueError: loss is not a number"
+    assert [starts(tmp_path, job.name) for job in jobs] == [1, 1, 1]
+    assert {path.parent.name for path in failed} == {"a", "b", "bad"}
+
+
+def test_a_folder_that_stays_unreadable_fails_its_job_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = records._read_if_there
+
+    def stale(path: Path, otherwise: Any) -> Any:
+        if path.parent.name == "lost" or (path.parent.name == "ended" and path.with_name("product").exists()):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return real(path, otherwise)
+
+    jobs = [fake_job(tmp_path, "lost"), fake_job(tmp_path, "ended"), fake_job(tmp_path, "good")]
+    sweep = Scheduler(jobs, [()])
+    monkeypatch.setattr(scheduler, "UNREAD_SECONDS", 0.5)
+    monkeypatch.setattr(records, "_read_if_there", stale)
+    result = sweep.run()
+    assert phases(result) == {"lost": "failed", "ended": "failed", "good": "done"}
+    assert "could not be started: [Errno 5]" in result.states[0].reason
+    assert result.states[1].reason == "its folder could not be read for 0 s after it ended"
+
+
+def test_a_launcher_whose_own_output_is_on_the_full_disk_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    out = Console(file=Full())
+    with pytest.raises(OSError, match="No space left"):
+        out.print("a line")
+    with Progress(out, 1) as display:
+        result = launched(fake_job(tmp_path, "a"), on_tick=display.update)
+    commands.say(out, "done")
+    assert result.exit_code == 0
 
 
 def test_a_job_that_could_not_even_say_that_the_disk_is_full_is_not_tried_again(

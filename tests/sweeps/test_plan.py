@@ -13,8 +13,8 @@ from rich.console import Console
 
 from scaling import flops
 from scaling.config import ConfigError, DataConfig, LaunchConfig, to_dict
-from scaling.records import RecordsError, RunFolder, read_json
-from sweeps import machine
+from scaling.records import RecordsError, RunFolder, read_json, write_json
+from sweeps import commands, machine
 from sweeps.jobs import command
 from sweeps.machine import MEMORY_SHARE, PROCESS_BYTES, Machine, allot
 from sweeps.packing import makespan
@@ -55,6 +55,28 @@ def test_the_numbers_are_those_of_the_closed_forms(tmp_path: Path) -> None:
 def test_a_plan_is_the_same_every_time_and_survives_json(tmp_path: Path) -> None:
     one, two = planned(tmp_path).to_json(), planned(tmp_path).to_json()
     assert json.loads(json.dumps(one)) == json.loads(json.dumps(two)) == one
+
+
+@pytest.mark.parametrize("state", ["done", "interrupted", "failed", "running"])
+def test_images_may_be_gone_once_the_tokens_are_there_however_a_check_of_them_ended(
+    tmp_path: Path, state: str
+) -> None:
+    plan = planned(tmp_path)
+
+    def gone(data: DataConfig) -> str:
+        raise ConfigError("data.path: nothing there")
+
+    for tokenizer_done, encoded in ((False, True), (True, False), (True, True)):
+        stages = zip(plan.stage_jobs, (tokenizer_done, encoded), strict=True)
+        for job, there in stages:
+            write_json(job.folder.path / job.product, {"complete": there})
+            job.folder.set_status("done" if there and job.kind == "tokenizer" else "failed")
+        plan.stage_jobs[1].folder.set_status(state if encoded else "interrupted")
+        if tokenizer_done and encoded:
+            commands.check_images(plan, gone)
+        else:
+            with pytest.raises(ConfigError, match="nothing there"):
+                commands.check_images(plan, gone)
 
 
 def test_what_is_done_is_no_longer_to_do(tmp_path: Path) -> None:

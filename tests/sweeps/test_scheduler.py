@@ -14,7 +14,8 @@ import pytest
 
 from scaling.process import alive
 from scaling.records import RunFolder
-from sweeps.scheduler import JobState, Result, Scheduler
+from sweeps.patience import Patience
+from sweeps.scheduler import JobState, Result, Scheduler, claim
 from tests.sweeps.fake_sweep import HERE, REPOSITORY, fake_job
 
 
@@ -83,6 +84,27 @@ def test_runs_side_by_side_get_different_gpus_and_the_environment_of_their_job(t
     assert most == 2
     seen = {(tmp_path / n / "starts.txt").read_text().strip() for n in "abc"}
     assert seen == {"1 0,1", "1 2,3"}
+
+
+def test_of_several_places_on_a_gpu_the_one_is_taken_whose_gpu_has_least_to_do(tmp_path: Path) -> None:
+    """A run that comes late must not share a GPU with another while one idles."""
+    jobs = [
+        fake_job(tmp_path, "a", 2, weight=9),
+        fake_job(tmp_path, "b", 2, weight=8),
+        fake_job(tmp_path, "long", 200, weight=7),
+        fake_job(tmp_path, "d", 2, weight=6),
+        fake_job(tmp_path, "late", 2, weight=5, needs=("a", "b", "d")),
+    ]
+    scheduler = Scheduler(jobs, [("0",), ("1",), ("0",), ("1",)])
+
+    def leave_after(states: Sequence[JobState]) -> None:
+        if states[-1].phase == "done":
+            scheduler._signals.append(time.monotonic())
+
+    scheduler.on_tick = leave_after
+    assert phases(scheduler.run())["long"] == "interrupted", "it was there all the time"
+    got = {job.name: (tmp_path / job.name / "starts.txt").read_text().split()[1] for job in jobs}
+    assert got == {"a": "0", "b": "1", "long": "0", "d": "1", "late": "1"}
 
 
 def test_a_failure_is_told_with_its_log_and_takes_down_only_what_needs_it(tmp_path: Path) -> None:
@@ -173,6 +195,9 @@ def test_two_launchers_at_once_do_every_job_once(tmp_path: Path) -> None:
 def test_a_failure_under_another_launcher_is_not_tried_again(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "a")
     with contextlib.ExitStack() as other:
+        held = claim(folder.path / ".launcher")
+        assert held is not None
+        other.enter_context(held)
         other.enter_context(folder.lock())
 
         def fail_there(states: Sequence[JobState]) -> None:
@@ -184,6 +209,26 @@ def test_a_failure_under_another_launcher_is_not_tried_again(tmp_path: Path) -> 
     assert phases(result) == {"a": "failed"}
     assert result.failed[0].reason == "out of luck"
     assert starts(tmp_path, "a") == 0
+
+
+@pytest.mark.parametrize(("retries", "started", "phase"), [(1, 1, "done"), (0, 0, "failed")])
+def test_an_orphan_that_fails_is_tried_again_as_any_job(
+    tmp_path: Path, retries: int, started: int, phase: str
+) -> None:
+    folder = RunFolder(tmp_path / "a")
+    with contextlib.ExitStack() as orphan:
+        orphan.enter_context(folder.lock())  # and nobody has its .launcher
+
+        def fail_there(states: Sequence[JobState]) -> None:
+            if states[0].phase == "elsewhere":
+                folder.set_status("failed", error="out of luck", exit_code=1, cause="hung")
+                orphan.close()
+
+        scheduler = Scheduler(
+            [fake_job(tmp_path, "a")], [()], on_tick=fail_there, patience=Patience(retries, 0.01)
+        )
+        result = scheduler.run()
+    assert (phases(result), starts(tmp_path, "a")) == ({"a": phase}, started)
 
 
 def test_an_error_of_the_launcher_itself_leaves_no_process_behind(tmp_path: Path) -> None:

@@ -11,12 +11,16 @@ from tests.sweeps.test_plan import planned
 
 def test_only_what_this_launch_has_trained_counts(tmp_path: Path) -> None:
     plan = planned(tmp_path)
-    first, second = plan.run_jobs[:2]
+    first, second, others = plan.run_jobs[:3]
     first.folder.set_status("interrupted", seconds={"train": 30.0, "evaluation": 4.0})
     before = time_spent(plan.jobs)
     first.folder.set_status("done", seconds={"train": 90.0, "evaluation": 10.0})
     second.folder.set_status("done", seconds={"train": 40.0})
-    used = TimeSpent(2, 100.0, before, time_spent(plan.jobs))
+    others.folder.set_status("running", seconds={"train": 95.0})  # by another launcher, meanwhile
+    states = [JobState(job) for job in plan.jobs]
+    for state in states:
+        state.started = 1.0 if state.job in (first, second) else None
+    used = TimeSpent.by(states, 2, 100.0, before)
     assert used.of("train") == 60 + 40
     assert used.of("evaluation") == 6
     assert used.share([], whole_machine=True) == pytest.approx(100 / 200)

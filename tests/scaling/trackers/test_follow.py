@@ -20,8 +20,8 @@ from scaling.records import RunFolder
 from scaling.tokenizer.vqvae import load_tokenizer
 from scaling.trackers import follow as follow_module
 from scaling.trackers import mirror as mirror_module
-from scaling.trackers.follow import Lines, follow
-from scaling.trackers.ledger import entries, held
+from scaling.trackers.follow import Lines, feeds_of, follow
+from scaling.trackers.ledger import entries, held, run_digest
 from scaling.trackers.mirror import Mirror
 from scaling.trackers.sync import sync
 from tests.scaling import tiny
@@ -133,6 +133,46 @@ def test_a_tracker_that_hangs_neither_stops_the_run_nor_keeps_it_at_its_end(
         mirror._follower.wait()
 
 
+HASTY = """
+import sys
+from scaling.trackers import follow
+follow.GIVE_UP_SECONDS = 0.5
+follow.main()
+"""
+
+
+def test_a_tracker_that_hangs_from_the_start_leaves_no_process_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_package(HANGS, tmp_path, monkeypatch)
+    launch = dataclasses.replace(stores.LAUNCH, trackers=("wandb",))
+    folder = stores.make_run(tmp_path / "hung" / "run", launch)
+    follower = subprocess.Popen([sys.executable, "-c", HASTY, str(folder.path)], stdin=subprocess.PIPE)
+    try:
+        assert follower.stdin is not None
+        follower.stdin.close()  # the trainer is gone
+        assert follower.wait(timeout=30) == 1
+    finally:
+        follower.kill()
+    assert entries(folder.path) == {"wandb": {"note": "was not done 0 s after the run"}}
+    with held(folder.path) as mine:
+        assert mine, "the next attempt has its trackers"
+
+
+def test_what_a_run_has_left_is_what_sync_would_make_also_with_a_key_of_wandb(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "a key")
+    monkeypatch.setattr(follow_module, "open_copy", lambda tracker, subject: Kept())
+    monkeypatch.setattr(follow_module, "check", lambda *_: None)
+    launch = dataclasses.replace(stores.LAUNCH, wandb_mode="auto")
+    folder = stores.make_run(tmp_path / "sweep" / "run", launch)
+    follow(folder, feeds_of(folder, launch), lambda seconds: "done")
+    for tracker in launch.trackers:
+        digest = run_digest(folder, launch.tracker_project, tracker == "wandb", "done")
+        assert entries(folder.path)[tracker]["digest"] == digest
+
+
 def test_a_tracker_that_fails_leaves_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with_package(FAILS, tmp_path, monkeypatch)
     launch = dataclasses.replace(stores.LAUNCH, trackers=("wandb",))
@@ -189,7 +229,6 @@ def test_one_that_fails_does_not_take_the_others_along_and_a_file_begun_anew_is_
 
     monkeypatch.setattr(follow_module, "open_copy", open_copy)
     monkeypatch.setattr(follow_module, "check", lambda *_: None)
-    monkeypatch.setattr(follow_module, "_give_up_later", lambda *_: None)
     stages = iter([(0, range(1, 4)), (None, range(4, 8)), (2, range(3, 6)), (None, range(6, 7))])
 
     def listen(seconds: float) -> str | None:
@@ -200,7 +239,7 @@ def test_one_that_fails_does_not_take_the_others_along_and_a_file_begun_anew_is_
             folder.append({"kind": "train", "step": step})
         return None if steps else "failed"
 
-    follow(folder, stores.LAUNCH, listen)
+    follow(folder, feeds_of(folder, stores.LAUNCH), listen)
     assert set(opened) == {"trackio", "wandb"}
     for copies in opened.values():
         assert [copy.state for copy in copies] == ["interrupted", "failed"]
