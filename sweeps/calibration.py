@@ -104,6 +104,8 @@ class ImageSpeed:
     quantizer: Literal["residual", "scalable"] = "residual"
     waited: float | None = None
     """As of a run."""
+    host_memory: int | None = None
+    """Peak bytes of one process in main memory."""
 
 
 @dataclass(frozen=True)
@@ -195,6 +197,19 @@ class Calibration:
                 seconds = job_images(job, config) / known.images_per_second + known.other_seconds
                 same = known.settings == image_settings(job, config, launch)
                 return Estimate(seconds, (), same, same, known.waited or 0.0)
+        return None
+
+    def image_memory(
+        self, job: str, config: TokenizerRunConfig, machine: Machine, launch: LaunchConfig
+    ) -> int | None:
+        """Peak bytes in main memory of one process of a tokenizer or token job; None when none just like it
+        was measured on this device."""
+        wanted = (job, machine.name, launch.processes, image_precision(job, config), image_shape(config))
+        settings = image_settings(job, config, launch)
+        for known in self.images:
+            found = (known.job, known.device, known.processes, known.precision, known.shape)
+            if (*found, known.quantizer, known.settings) == (*wanted, config.tokenizer.quantizer, settings):
+                return known.host_memory
         return None
 
 
@@ -326,6 +341,7 @@ def measure_images(
         len(logged),
         image_settings(job, config, launch),
         config.tokenizer.quantizer,
+        host_memory=folder.status().get("host_memory"),
     )
 
 

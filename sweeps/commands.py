@@ -22,6 +22,7 @@ from rich.console import Console
 from scaling.config import ConfigError, DataConfig, RunConfig, require
 from scaling.records import RecordsError, RunFolder
 from sweeps import calibration, slurm, speed_store
+from sweeps.attempts import FULL
 from sweeps.costs import Pricing, Rates, rates
 from sweeps.forecasts import Forecasts, MakeForecasts, point_of, surprises
 from sweeps.jobs import Job
@@ -33,7 +34,7 @@ from sweeps.presence import present
 from sweeps.probes import probe_machine
 from sweeps.progress import Progress
 from sweeps.recipe import Recipe
-from sweeps.scheduler import FULL, JobState, Result, Scheduler
+from sweeps.scheduler import JobState, Result, Scheduler
 from sweeps.share import TimeSpent, time_spent
 from sweeps.slurm_queue import Seen, standing
 from sweeps.status import beats, read_status, watch

@@ -2,7 +2,8 @@
 
 - A job's status says when its work last went on (``progress_at``); its heartbeat alone would go on while the
   work stands still. Only a change of it is looked for, by this process's own monotonic clock: a computer that
-  slept, or a clock that was set, ends no job.
+  slept, or a clock that was set, ends no job. Nor does time in which nobody looked, since what stopped this
+  process may have stopped the job too (Slurm suspends whole allocations).
 - Another try can mend a crash, a kill, a hang, an error of the file system. It cannot mend a refusal, a full
   disk or a loss that diverged, except that a diverged run may be given one more on request.
 - Tries count only as long as a job gets no further: a run of weeks may be hit by any number of accidents.
@@ -21,6 +22,8 @@ from scaling.config import LaunchConfig
 
 LOOK_SECONDS = 2.0
 """Between two looks at a running job's status."""
+UNWATCHED_SECONDS = 60.0
+"""A longer time between two looks is no silence."""
 LONGEST_PAUSE = 600.0
 
 
@@ -58,6 +61,8 @@ class Pulse:
         now = time.monotonic()
         if limit == math.inf or now - self._looked < min(LOOK_SECONDS, limit / 4):
             return False
+        if now - self._looked > UNWATCHED_SECONDS:
+            self._changed += now - self._looked
         self._looked = now
         return True
 

@@ -21,11 +21,9 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import time
@@ -36,22 +34,16 @@ from types import FrameType
 from typing import IO, Any, Literal
 
 from scaling.records import write_json
+from sweeps.attempts import DISK_FULL, FAILED, FULL, REFUSED, Attempts, End
 from sweeps.jobs import HANG, Job, kill
-from sweeps.patience import Patience, Pulse, Tries
+from sweeps.patience import Patience
 
 Phase = Literal["waiting", "running", "elsewhere", "done", "failed", "interrupted", "blocked"]
 ENDED = ("done", "failed", "interrupted", "blocked")
-REFUSED, INTERRUPTED = 2, 3
-"""Exit codes of a job: a cause that a person can remove, told in one line; asked to leave."""
-FULL = (errno.ENOSPC, errno.EDQUOT)
-FULL_BYTES = 2**16
-"""With less room than this a job cannot even say that the disk is full."""
-DISK_FULL = "the disk is full: free some space and start again; everything finished so far is kept"
 UNREAD_SECONDS = 60.0
 """How long the folder of a job that is to start or has ended may be unreadable until that is a failure."""
 TICK_SECONDS = 0.1
 SAME_SIGNAL_SECONDS = 3.0
-TAIL_LINES = 12
 
 
 @dataclass
@@ -67,20 +59,14 @@ class JobState:
     """Unix time of the start by this launcher."""
     seconds: float = 0.0
     """From start to end, once it has ended."""
-    heartbeat: float | None = None
-    """Of the status before this start: an unchanged one says nothing about this attempt."""
     checks: bool = False
     """Was done before this launcher: it is started to look through what is there."""
     from_scratch: bool = False
     """Started by this launcher with nothing done before."""
     slot: int | None = None
     process: subprocess.Popen[bytes] | None = None
-    pulse: Pulse = field(default_factory=Pulse)
-    hung: float | None = None
-    """Seconds of silence after which this launcher ended it."""
     unread: float | None = None
     """Since when, by the monotonic clock, its folder could not be read when something hung on it."""
-    tries: Tries = field(default_factory=Tries)
     not_before: float = 0.0
     """Of the next try, by the monotonic clock."""
     claim: IO[str] | None = None
@@ -88,22 +74,19 @@ class JobState:
     """While it is elsewhere: no launcher has it, which would try it again."""
     prepared: bool = False
     """Whether ``launch.json`` was written: once, however long the job then waits for other machines."""
-    log_start: int = 0
+    attempts: Attempts = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.attempts = Attempts(self.job.folder, self.job.product)
 
     @property
     def log(self) -> Path:
         """Everything that the job has printed."""
-        return self.job.folder.path / "log.txt"
+        return self.attempts.log
 
     def log_tail(self) -> list[str]:
-        """The last lines of this attempt."""
-        try:
-            with self.log.open("rb") as file:
-                file.seek(self.log_start)
-                text = file.read().decode("utf-8", "replace")
-        except OSError:  # none yet, or none that can be read now
-            return []
-        return [line for line in text.splitlines() if line.strip()][-TAIL_LINES:]
+        """The last lines of its last attempt."""
+        return self.attempts.log_tail()
 
 
 @dataclass(frozen=True)
@@ -234,8 +217,7 @@ class Scheduler:
             state.code = int(status.get("exit_code", 1))
             self._end(state, "failed")
         elif elsewhere and recorded == "failed":
-            state.code = int(status.get("exit_code", 1))
-            self._fail(state, recorded, status)
+            self._failed(state, state.attempts.recorded(status))
         elif state.job.alone and running:
             return True
         else:
@@ -253,8 +235,8 @@ class Scheduler:
     def _not_started(self, state: JobState, error: OSError) -> None:
         full = error.errno in FULL
         state.reason = DISK_FULL if full else f"could not be started: {error}"
-        state.code = REFUSED if full else 1
-        if not self._again(state, None, {}):
+        state.code = REFUSED if full else FAILED
+        if not self._again(state, End("failed", state.code, state.reason)):
             self._end(state, "failed")
 
     @staticmethod
@@ -280,12 +262,10 @@ class Scheduler:
         if self.slots[slot]:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(self.slots[slot])
         state.from_scratch = status.get("attempt", 0) == 0
-        state.heartbeat = status.get("heartbeat")
         with state.log.open("ab") as log:
-            state.log_start = log.tell()
             log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(job.command)}\n".encode())
             log.flush()
-            state.log_start = log.tell()
+            state.attempts.begin(status)
             state.process = subprocess.Popen(
                 job.command,
                 stdin=subprocess.DEVNULL,
@@ -295,7 +275,7 @@ class Scheduler:
                 start_new_session=True,
             )
         state.slot, state.phase, state.started = slot, "running", time.time()
-        state.pulse, state.hung, state.unread = Pulse(), None, None
+        state.unread = None
 
     # -- ending --------------------------------------------------------------------------------
 
@@ -303,108 +283,49 @@ class Scheduler:
         for state in self.states:
             if state.process is None:
                 continue
-            if state.process.poll() is None:
-                self._look_after(state, state.process)
-            else:
+            if state.process.poll() is not None:
                 self._collect(state, state.process.returncode)
-
-    def _look_after(self, state: JobState, process: subprocess.Popen[bytes]) -> None:
-        """End a job that has not got on for too long."""
-        limit = self.patience.hang_seconds
-        if state.hung is None and state.pulse.due(limit):
-            try:
-                silence = state.pulse.silent(state.job.folder.status())
-            except OSError:  # which says nothing about the job
-                return
-            if silence > limit:
-                state.hung = silence
-                kill(process)
+            elif state.attempts.hangs(self.patience):
+                kill(state.process)
 
     def _collect(self, state: JobState, code: int) -> None:
         try:
-            status, recorded = state.job.folder.status(), str(state.job.state)
-            busy = state.job.folder.busy()
+            end = state.attempts.ended(code, self._stopping)
         except OSError:
             if not self._unreadable(state):
                 return
-            status, recorded, busy = {"heartbeat": state.heartbeat}, "silent", False
-        state.code = code
+            end = state.attempts.unread(code, UNREAD_SECONDS)
         state.seconds = time.time() - (state.started or time.time())
         state.process, state.slot = None, None
-        fresh = status.get("heartbeat") != state.heartbeat
-        recorded = recorded if fresh else "silent"
-        if recorded == "failed" and "exit_code" in status:
-            state.code = int(status["exit_code"])  # several processes end with their launcher's own code
-        asked = self._stopping and state.code in (-signal.SIGTERM, -signal.SIGINT)
-        if recorded == "done":
-            self._end(state, "done")
-            self.on_done(state)
-        elif state.code == INTERRUPTED or recorded == "interrupted" or asked:
-            state.reason = "was asked to leave"
-            if recorded != "interrupted":  # while it was still starting
-                self._record(state, "interrupted")
-            self._end(state, "interrupted")
-        elif state.code == REFUSED and busy:
+        state.code, state.reason = end.code, end.reason
+        if end.kind == "elsewhere":
             state.phase = "elsewhere"
+        elif end.kind == "failed":
+            self._failed(state, end)
         else:
-            self._fail(state, recorded, status if fresh else {"state": recorded})
+            self._end(state, end.kind)
+        if end.kind == "done":
+            self.on_done(state)
 
-    def _fail(self, state: JobState, recorded: str, status: dict[str, Any]) -> None:
+    def _failed(self, state: JobState, end: End) -> None:
         """Mark it failed, or to be tried again."""
-        cause = str(status["cause"]) if recorded == "failed" and "cause" in status else None
-        state.reason = self._why(state, recorded, status)
-        if cause is None and _full(state.job.folder.path):
-            cause, state.reason, state.code = "disk", DISK_FULL, REFUSED
-        if cause is None:
-            cause = "hung" if state.hung else "killed" if state.code and state.code < 0 else None
-        before = state.tries.count
-        if self._again(state, cause, status):
-            if cause != "diverged":  # which the next attempt is to find in its status
-                self._record(state, "waiting", error=f"{state.reason}; to be tried again")
-            return
-        often = state.tries.count > max(1, before)  # not only failures before this one
-        if often:
-            state.reason += f" ({state.tries.count} times, no further each time)"
-        if recorded != "failed" or often:
-            more = {} if cause is None else {"cause": cause}
-            self._record(state, "failed", error=state.reason, exit_code=state.code, **more)
-        self._end(state, "failed")
+        state.code, state.reason = end.code, end.reason
+        if not self._again(state, end):
+            state.reason = state.attempts.give_up(end)
+            self._end(state, "failed")
 
-    def _again(self, state: JobState, cause: str | None, status: dict[str, Any]) -> bool:
+    def _again(self, state: JobState, end: End) -> bool:
         """Let it wait for another try after a failure; False when there is to be none."""
-        pause = state.tries.pause(cause, state.code == REFUSED, status, self.patience)
-        if pause is None or self._stopping:
-            return False
-        state.not_before, state.phase = time.monotonic() + pause, "waiting"
-        return True
-
-    @staticmethod
-    def _record(state: JobState, name: str, **more: Any) -> None:
-        """For a job that could not say it itself."""
-        with contextlib.suppress(OSError):  # a full disk: the reason is printed all the same
-            state.job.folder.set_status(name, **more)
+        pause = None if self._stopping else state.attempts.again(end, self.patience)
+        if pause is not None:
+            state.not_before, state.phase = time.monotonic() + pause, "waiting"
+        return pause is not None
 
     def _end(self, state: JobState, phase: Phase) -> None:
         state.phase = phase
         if state.claim is not None:
             state.claim.close()
             state.claim = None
-
-    @staticmethod
-    def _why(state: JobState, recorded: str, status: Mapping[str, Any]) -> str:
-        tail = state.log_tail()
-        if state.hung is not None:
-            return f"made no progress for {state.hung:.0f} s and was ended"
-        if state.code is not None and state.code < 0:
-            hint = " (out of memory?)" if -state.code == signal.SIGKILL else ""
-            return f"killed by {signal.Signals(-state.code).name}{hint}"
-        if recorded == "failed":
-            return str(status.get("error", f"exit code {state.code}"))
-        if state.unread is not None:
-            return f"its folder could not be read for {UNREAD_SECONDS:.0f} s after it ended"
-        if state.code == 0:
-            return f"ended without leaving {state.job.product}"
-        return tail[-1] if tail else f"exit code {state.code}, and nothing in the log"
 
     # -- leaving -------------------------------------------------------------------------------
 
@@ -457,13 +378,6 @@ def _left(job: Job) -> float:
         return job.weight
     # Its weight is of the steps after those that its trunk did.
     return job.weight * min(1.0, (total - status.get("step", 0)) / (total - job.start))
-
-
-def _full(folder: Path) -> bool:
-    try:
-        return shutil.disk_usage(folder).free < FULL_BYTES
-    except OSError:  # the folder was moved away
-        return False
 
 
 def claim(file: Path) -> IO[str] | None:

@@ -8,12 +8,13 @@ from rich.console import Console
 
 from scaling.config import LaunchConfig
 from scaling.records import RecordsError
+from sweeps.attempts import REFUSED
 from sweeps.commands import console, tell
 from sweeps.jobs import Job, process_environment
 from sweeps.machine import allot, this_machine
 from sweeps.plan import stage_threads
 from sweeps.progress import Progress
-from sweeps.scheduler import REFUSED, Scheduler
+from sweeps.scheduler import Scheduler
 
 
 def run_alone(job: Job, launch: LaunchConfig, display_on: Console | None = None) -> int:

@@ -48,11 +48,21 @@ from scaling.config import ConfigError, LaunchConfig, to_dict
 from scaling.records import RecordsError, read_json, write_json
 from sweeps import slurm_queue
 from sweeps.jobs import PACKAGE_ROOT, Job
+from sweeps.patience import Patience
 from sweeps.slurm_options import Resources, SlurmOptions
 from sweeps.slurm_queue import COMMENT, Seen
 
 FOLDER = "slurm"
 LOCK = ".slurm.lock"
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a branch starts from."""
+
+    trunk: Path
+    """Without links."""
+    step: int
 
 
 @dataclass(frozen=True)
@@ -66,6 +76,10 @@ class Submission:
     """Of its job in Slurm: the sweep's, or a lane's."""
     jobs: tuple[Path, ...]
     """Their folders without links, by index in the array."""
+    starts: tuple[Start | None, ...]
+    """Of those that are branches, likewise."""
+    turn: str
+    """What it waits for but for other jobs' results: its turn in its lane, or nothing."""
 
     @property
     def token(self) -> str:
@@ -82,7 +96,11 @@ class Submission:
         value, root = read_json(file), file.parents[2]
         try:
             folders = tuple(_real(root / job["folder"]) for job in value["jobs"])
-            return Submission(file, value["id"], value["name"], folders)
+            starts = tuple(
+                Start(_real(root / job["trunk"]), job["start"]) if job.get("trunk") else None
+                for job in value["jobs"]
+            )
+            return Submission(file, value["id"], value["name"], folders, starts, value.get("turn", ""))
         except (KeyError, TypeError):
             raise RecordsError(f"{file}: expected an object with id, name and jobs with folders") from None
 
@@ -115,6 +133,11 @@ class Group:
     jobs: list[Job]
     lane: int | None = None
     """One of as many as may run at once; None where the array has a limit, or there is none."""
+
+    @property
+    def turn(self) -> str:
+        """The dependency by which the jobs of a lane run one after another."""
+        return "" if self.lane is None else "singleton"
 
 
 def submissions(root: Path, sweep: str | None = None) -> list[Submission]:
@@ -193,7 +216,7 @@ def submit(
     plan: PlannedOn,
     options: SlurmOptions,
     say: Callable[[str], None],
-) -> None:
+) -> bool:
     """Hand over what is not done and not in Slurm's hands already.
 
     Args:
@@ -201,6 +224,9 @@ def submit(
             something is that needs it.
         asked: what each asks for, by its folder.
         plan: under what their speeds are remembered.
+
+    Returns:
+        Whether Slurm has anything of it now.
 
     Raises:
         ConfigError: there is no Slurm here, or it refuses what is asked for; then nothing is queued.
@@ -215,7 +241,10 @@ def submit(
                 say(f"{job.name}: in Slurm's hands already: {active[job.folder.path]}")
         ids = {path: found.id.partition("_")[0] for path, found in active.items()}
         made: list[str] = []
-        to_make = groups(missing(jobs, set(active)), asked, options.array_limit)
+        for job in diverged(jobs, launch):
+            if job.folder.path not in active:
+                say(f"{job.name}: not queued again: {job.folder.status().get('error')}")
+        to_make = groups(missing(jobs, set(active), launch), asked, options.array_limit)
         for resources in dict.fromkeys(group.resources for group in to_make):
             _try(resources, options, say)
         for group in to_make:
@@ -229,6 +258,7 @@ def submit(
         for job in jobs:
             if (number := ids.get(job.folder.path, "")) in made:
                 say(f"{job.name}: queued as {number}")
+        return bool(ids)
 
 
 def _try(resources: Resources, options: SlurmOptions, say: Callable[[str], None]) -> None:
@@ -246,11 +276,20 @@ def _try(resources: Resources, options: SlurmOptions, say: Callable[[str], None]
         say(f"note: {error}, for {asked}; queued all the same, since nodes that are down come back")
 
 
-def missing(jobs: Sequence[Job], active: set[Path]) -> list[Job]:
+def diverged(jobs: Sequence[Job], launch: LaunchConfig) -> list[Job]:
+    """Those that are not trained again, since they diverged as often as they may."""
+    patience = Patience.of(launch)
+    return [job for job in jobs if patience.given_up(job.folder.status())]
+
+
+def missing(jobs: Sequence[Job], active: set[Path], launch: LaunchConfig) -> list[Job]:
     """The jobs to hand over: not done, not active, and needed by one that is handed over or not a stage.
 
-    A cache that is whole is looked through again (``recheck``) only while no active run reads it.
+    A cache that is whole is looked through again (``recheck``) only while no active run reads it. What has
+    diverged is left, and so is what needs it.
     """
+    lost = {job.folder.path for job in diverged(jobs, launch)} - active
+    jobs = [job for job in jobs if lost.isdisjoint((job.folder.path, *job.needs))]
     wanted: dict[Path, Job] = {}
     read = {path for job in jobs if job.folder.path in active for path in job.needs}
     for job in reversed(jobs):
@@ -306,7 +345,7 @@ def arguments(sweep: Path, group: Group, needs: Sequence[str], options: SlurmOpt
     """
     limit = f"%{options.array_limit}" if options.array_limit is not None and len(group.jobs) > 1 else ""
     waits = [f"afterok:{':'.join(needs)}"] if needs else []
-    waits += ["singleton"] if group.lane is not None else []
+    waits += [group.turn] if group.turn else []
     return [
         *(f"--job-name={_name(sweep, group)}", f"--array=0-{len(group.jobs) - 1}{limit}", "--requeue"),
         *([f"--dependency={','.join(waits)}"] if waits else []),
@@ -340,17 +379,8 @@ def _submit(
     value: dict[str, Any] = {
         "id": None,
         "name": _name(sweep, group),
-        "jobs": [
-            {
-                "name": job.name,
-                "kind": job.kind,
-                "folder": os.path.relpath(job.folder.path, sweep.parent),
-                "product": job.product,
-                "arguments": job.arguments,
-                "recheck": job.recheck,
-            }
-            for job in jobs
-        ],
+        "turn": group.turn,
+        "jobs": [_entry(job, sweep.parent) for job in jobs],
         "leave_seconds": options.leave_seconds,
         "launch": to_dict(replace(launch, processes=group.resources.processes, runs_at_once=None)),
         "plan": asdict(plan),
@@ -372,6 +402,21 @@ def _submit(
     )
     write_json(file, value | {"id": number})
     return number
+
+
+def _entry(job: Job, root: Path) -> dict[str, Any]:
+    """What is recorded of a job: all that is needed where it runs."""
+    return {
+        "name": job.name,
+        "kind": job.kind,
+        "folder": os.path.relpath(job.folder.path, root),
+        "product": job.product,
+        "arguments": job.arguments,
+        "recheck": job.recheck,
+        "leaves": bool(job.leave),
+        "trunk": None if job.trunk is None else os.path.relpath(job.trunk.path, root),
+        "start": job.start,
+    }
 
 
 def script(file: Path) -> str:

@@ -15,19 +15,21 @@ from typing import Any
 
 from rich.console import Console
 
-from scaling.config import ConfigError, LaunchConfig, RunConfig
+from scaling.config import ConfigError, RunConfig
 from scaling.flops import checkpoint_bytes
 from scaling.records import RecordsError
-from sweeps import commands, slurm
-from sweeps.calibration import closed_memory
+from sweeps import commands, slurm, speed_store
+from sweeps.calibration import Calibration, closed_memory, micro_batch
 from sweeps.commands import CheckData, Resolve, recheck_tokens
+from sweeps.jobs import Job
 from sweeps.machine import PROCESS_BYTES, Machine
-from sweeps.plan import Plan, make_plan
+from sweeps.plan import Plan, make_plan, stage_of
 from sweeps.progress import Progress
 from sweeps.recipe import Recipe
 from sweeps.scheduler import JobState, Phase, Result
 from sweeps.slurm_options import MARGIN, Resources, SlurmOptions
 from sweeps.slurm_queue import standing
+from sweeps.stage_memory import encoding_memory, kept_originals, training_memory
 from sweeps.trunks import after_trunks, clear
 
 FIRST_LOOK_SECONDS, LOOK_SECONDS = 1.0, 30.0
@@ -66,36 +68,53 @@ def plan(recipe: Recipe, root: Path, resolve: Resolve, options: SlurmOptions) ->
 
 
 def requests(made: Plan, options: SlurmOptions) -> dict[Path, Resources]:
-    """What each job asks for, by its folder: a run with memory, and a time limit where the plan knows a time.
-
-    Tokenizers and tokens have the cluster's default memory, since the plan does not tell what they need.
-    """
-    launch, found = made.recipe.launch, {}
-    plain = options.resources(launch, None)
+    """What each job asks for, by its folder: memory, and a time limit where the plan knows a time."""
+    launch, known = made.recipe.launch, speed_store.load()
+    found = {}
     for job in made.jobs:
         if isinstance(job.config, RunConfig):
             asked = options.resources(launch, job.config.model.depth)
-            seconds = job.seconds
-            if seconds is not None:
-                seconds *= launch.processes / asked.all_processes
-            asked = options.sized(asked, _memory(asked, job.config, launch, made.machine), seconds)
+            memory = _run_memory(made, asked, job.config, known)
         else:
-            asked = options.sized(plain, None, job.seconds)
-        found[job.folder.path] = asked
+            asked = options.resources(launch, None)
+            memory = _stage_memory(made, asked, job, known)
+        seconds = job.seconds
+        if seconds is not None:
+            seconds *= launch.processes / asked.all_processes
+        found[job.folder.path] = options.sized(asked, asked.processes * memory, seconds)
     return found
 
 
-def _memory(asked: Resources, config: RunConfig, launch: LaunchConfig, machine: Machine) -> int:
-    """Bytes of main memory that a run is expected to need on each of its nodes.
+def _run_memory(made: Plan, asked: Resources, config: RunConfig, known: Calibration) -> int:
+    """Bytes of main memory that each process of a run is expected to need.
 
     On GPUs the tensors are theirs, and a checkpoint passes through main memory on its way to the disk.
     """
     if asked.gpus is not None:
-        return asked.processes * (CUDA_BYTES + checkpoint_bytes(config.model))
-    shared = replace(
-        launch, processes=asked.processes, machines=asked.nodes, main_address="other", runs_at_once=None
+        return CUDA_BYTES + checkpoint_bytes(config.model)
+    machine = replace(made.machine, gpus=())
+    launch = replace(
+        made.recipe.launch,
+        processes=asked.processes,
+        machines=asked.nodes,
+        main_address="other",
+        runs_at_once=None,
     )
-    return asked.processes * (closed_memory(config, replace(machine, gpus=()), shared) + PROCESS_BYTES)
+    closed = closed_memory(config, machine, launch)
+    return known.memory(config, closed, machine, made.allotment.threads, launch) or closed + PROCESS_BYTES
+
+
+def _stage_memory(made: Plan, asked: Resources, job: Job, known: Calibration) -> int:
+    """Bytes of main memory that each process of a tokenizer or token job is expected to need."""
+    launch, stage = made.recipe.launch, stage_of(job)
+    measured = known.image_memory(job.kind, stage, made.machine, launch)
+    if measured is not None:
+        return measured
+    if asked.gpus is not None:
+        return CUDA_BYTES + kept_originals(stage.data)
+    if job.kind == "tokens":
+        return encoding_memory(stage) + PROCESS_BYTES
+    return training_memory(stage, micro_batch(stage.train.batch, launch.processes, launch)) + PROCESS_BYTES
 
 
 def show_plan(made: Plan, as_json: bool, check_data: CheckData, options: SlurmOptions) -> int:
@@ -104,7 +123,7 @@ def show_plan(made: Plan, as_json: bool, check_data: CheckData, options: SlurmOp
     What is in Slurm's hands already is not asked for: ``run`` would leave it out.
     """
     sweep, asked = made.folders.sweep, requests(made, options)
-    jobs = slurm.missing(after_trunks(recheck_tokens(made.jobs)), set())
+    jobs = slurm.missing(after_trunks(recheck_tokens(made.jobs)), set(), made.recipe.launch)
     ids: dict[Path, str] = {}
     calls: list[dict[str, Any]] = []
     for number, group in enumerate(slurm.groups(jobs, asked, options.array_limit), 1):
@@ -131,14 +150,14 @@ def _notes(asked: Mapping[Path, Resources], options: SlurmOptions) -> list[str]:
     """How memory and time were told."""
     found = asked.values()
     own = f"{MARGIN:g} times what the plan expects, rounded up"
-    memory = f"of runs {own}" if any(r.memory for r in found) else "as --sbatch says"
+    memory = own if any(r.memory for r in found) else "as --sbatch says"
     if options.time:
         limit = "as --time says"
     elif any(r.time for r in found):
         limit = f"{own}, at most a day; the cluster's default where the plan knows none"
     else:
         limit = "the cluster's default, since the plan knows none; --time gives one"
-    return [f"asked of Slurm: memory {memory}, of tokenizers the cluster's default; time {limit}"]
+    return [f"asked of Slurm: memory {memory}; time {limit}"]
 
 
 def submit(made: Plan, check_data: CheckData, options: SlurmOptions, wait: bool) -> Result:
@@ -160,13 +179,15 @@ def submit(made: Plan, check_data: CheckData, options: SlurmOptions, wait: bool)
     states = [JobState(job) for job in jobs]
     planned = slurm.PlannedOn(made.machine.name, len(made.allotment.slots), made.allotment.threads)
     asked, launch = requests(made, options), made.recipe.launch
-    slurm.submit(sweep, jobs, asked, launch, planned, options, lambda text: commands.say(out, text))
+    has = slurm.submit(sweep, jobs, asked, launch, planned, options, lambda text: commands.say(out, text))
     if wait:
         return _wait(made, states, out)
     commands.say(
         out,
         "Slurm has it: 'status' shows how it goes on, 'cancel' ends it, and the same command hands over "
-        "again what has failed, and writes the report when all is done",
+        "again what has failed, and writes the report when all is done"
+        if has
+        else "nothing was queued: what is missing has diverged, or starts from a run that has",
     )
     return Result(tuple(states), interrupted=False)
 
@@ -188,6 +209,7 @@ def _wait(made: Plan, states: list[JobState], out: Console) -> Result:
     except KeyboardInterrupt:
         commands.say(out, "no longer watching; the jobs stay in Slurm's hands ('cancel' ends them)")
         return Result(tuple(states), interrupted=True)
+    clear(made.run_jobs)
     result = Result(tuple(states), interrupted=False)
     commands.tell(result, out)
     commands.tell_unreadable(made, out)

@@ -11,7 +11,12 @@
 - Ahead of a time limit the lead sends the same. Slurm could (``sbatch --signal``), but Slurm 22.05 does so
   only in a job's first life, not after it was queued again.
 - Then the lead asks Slurm to queue the job again, unless Slurm is already ending it: then it was
-  cancelled, or is being queued again. A job that fails by itself is not queued again.
+  cancelled, or is being queued again.
+- A job that fails by itself, or falls silent, is started again within the allocation as the launcher of a
+  machine would start it (``sweeps.attempts``, ``sweeps.patience``): after a pause, as often as the recipe
+  says, and not at all where that cannot help. What fails for good is not queued again.
+- A silent job is ended by Slurm, which alone reaches its processes on all nodes.
+- A trunk's lead sets its branches free (``sweeps.slurm_branches``).
 - A node that dies takes the job with it, and Slurm queues it again (``--requeue``). If the processes of the
   other nodes fail first, for want of their peer, the lead finds out that a node does not answer.
 - A job that is sent away ``MOST_FRUITLESS`` times in a row without a step done in between has a time limit
@@ -42,20 +47,26 @@ from typing import IO, Any
 from scaling.config import ConfigError, LaunchConfig, RunConfig, TokenizerRunConfig, from_dict, to_dict
 from scaling.records import RecordsError, RunFolder, read_json, write_json
 from sweeps import calibration, speed_store
-from sweeps.jobs import command, process_environment
+from sweeps.attempts import DONE, FAILED, INTERRUPTED, REFUSED, Attempts, End
+from sweeps.jobs import HANG, command, process_environment
 from sweeps.machine import Allotment, Machine
+from sweeps.patience import Patience
 from sweeps.scheduler import claim
+from sweeps.slurm_branches import Branches
 from sweeps.slurm_queue import words
 
-DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 3
-"""Exit codes, as a job's own."""
 MOST_FRUITLESS = 5
 RETRY_SECONDS = 5.0
+TICK_SECONDS = 1.0
+NOT_THE_JOBS = ("--- ", "srun: ", "slurmstepd: ")
+"""How lines of the log begin that the job did not print."""
 BUSY_SECONDS = 600.0
 """How long an allocation is kept waiting for another process that works in the folder. The lock of a process
 whose node died is given back by a shared file system within about two minutes."""
 ANSWER_SECONDS = 60.0
 """Within which every node must start a trivial task to count as alive, and the controller answer."""
+REQUEUED_SECONDS = 60.0
+"""Within which SIGTERM comes in answer to a request to be queued again; a moment, usually."""
 LEAST_PAUSE_SECONDS, MOST_PAUSE_SECONDS = 5.0, 300.0
 """Between two looks at the time that is left; limits may be changed while a job runs."""
 ASKED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
@@ -74,6 +85,7 @@ class Entry:
         self.leave_seconds: int = value["leave_seconds"]
         self.plan: dict[str, Any] = value["plan"]
         self._launch = from_dict(LaunchConfig, value["launch"])
+        self.patience = Patience.of(self._launch)
 
     def launch(self, rank: int, address: str, port: int) -> LaunchConfig:
         """For this node of the allocation."""
@@ -87,6 +99,10 @@ class Entry:
             main_address=address if self.nodes > 1 else None,
             main_port=port,
         )
+
+    def say(self, text: str) -> None:
+        """In the job's log."""
+        print(f"{self.job['name']}: {text}", flush=True)
 
     @property
     def withdrawn(self) -> bool:
@@ -111,40 +127,57 @@ def lead(entry: Entry) -> int:
     for number in ASKED:  # the nodes' tasks get them too, and their end is this one's
         signal.signal(number, lambda number, frame: asked.append(number))
     if entry.withdrawn:
-        print(f"{entry.job['name']}: cancelled before it started")
+        entry.say("cancelled before it started")
         return INTERRUPTED
-    folder, before = entry.folder, entry.folder.status()
-    place = _place(entry, asked)  # held until this process ends
-    if place is None:
+    folder, place, before = entry.folder, None, None
+    attempts = Attempts(folder, entry.job["product"], NOT_THE_JOBS)
+    while True:
+        place = _place(entry, asked, place)  # held until this process ends
         if asked:
-            return _again(entry, before, "it was asked to leave while it waited")
-        print(f"{entry.job['name']}: {folder.path} is still in use by another process; gives up")
-        return REFUSED
-    if entry.done and not entry.job["recheck"]:
-        print(f"{entry.job['name']}: done already")
-        return DONE
-    before = folder.status()
+            return _again(entry, before or folder.status(), "it was asked to leave while it waited")
+        if place is None:
+            entry.say(f"{folder.path} is still in use by another process; gives up")
+            return REFUSED
+        if entry.done and not entry.job["recheck"]:
+            entry.say("done already")
+            return DONE
+        if entry.patience.given_up(status := folder.status()):
+            entry.say(f"not trained again: {status.get('error')}")
+            return FAILED
+        before = before or status
+        end = _attempt(entry, attempts)
+        if end.kind == "done":
+            return DONE
+        if end.kind == "interrupted":  # a task that is still starting is ended by a SIGTERM, from Slurm alone
+            return _again(entry, before, "it was asked to leave")
+        if end.kind == "elsewhere":
+            return REFUSED  # somebody else's, who says how it goes
+        if entry.nodes > 1 and end.code != REFUSED and not _all_nodes_answer(entry):
+            return _again(entry, before, "a node does not answer")
+        if end.status["state"] != "failed" and not _running():
+            return INTERRUPTED  # ended by Slurm before it could say so
+        pause = None if asked else attempts.again(end, entry.patience)
+        if pause is None:
+            entry.say(attempts.give_up(end))
+            return REFUSED if end.code == REFUSED else FAILED
+        entry.say(f"{end.reason}; tried again in {pause:g} s")
+        until = time.monotonic() + pause
+        while time.monotonic() < until and not asked:
+            time.sleep(TICK_SECONDS)
+
+
+def _attempt(entry: Entry, attempts: Attempts) -> End:
+    """One start of the job on its nodes, to its end."""
+    fresh = entry.folder.status().get("attempt", 0) == 0
     address, port = _meeting_point()
-    write_json(folder.path / "launch.json", to_dict(entry.launch(0, address, port)))
+    write_json(entry.folder.path / "launch.json", to_dict(entry.launch(0, address, port)))
+    attempts.begin(attempts.folder.status())
     start = time.monotonic()
-    code = _srun(entry, ["node", str(entry.file), address, str(port)])
-    status = folder.status()
-    fresh = status.get("heartbeat") != before.get("heartbeat")
-    state = str(status["state"]) if fresh else "silent"
-    if state == "done" and entry.done:
-        if before.get("attempt", 0) == 0:
-            _remember(entry, time.monotonic() - start)
-        return DONE
-    # A task that is still starting is ended by a SIGTERM, which comes from Slurm alone.
-    if state == "interrupted" or (state != "failed" and code in (INTERRUPTED, 128 + signal.SIGTERM)):
-        return _again(entry, before, "it was asked to leave")
-    if entry.nodes > 1 and code != REFUSED and not _all_nodes_answer(entry):
-        return _again(entry, before, "a node does not answer")
-    if state != "failed" and not _running():
-        return INTERRUPTED  # ended by Slurm before it could say so
-    if folder.busy():
-        return REFUSED  # somebody else's, who says how it goes
-    return _failed(folder, state, code)
+    code = _srun(entry, ["node", str(entry.file), address, str(port)], attempts)
+    end = attempts.ended(128 - code if 128 < code < 128 + signal.NSIG else code, asked=True)
+    if end.kind == "done" and fresh:
+        _remember(entry, time.monotonic() - start)
+    return end
 
 
 def _remember(entry: Entry, seconds: float) -> None:
@@ -170,33 +203,22 @@ def _remember(entry: Entry, seconds: float) -> None:
         if speed is not None:
             speed_store.add(speed)
     except (OSError, ConfigError, RecordsError) as error:
-        print(f"{entry.job['name']}: this speed is not remembered: {error}", flush=True)
+        entry.say(f"this speed is not remembered: {error}")
 
 
-def _place(entry: Entry, asked: list[int]) -> IO[str] | None:
+def _place(entry: Entry, asked: list[int], place: IO[str] | None) -> IO[str] | None:
     """The claim of the job's folder, once nobody works there any more; None: asked to leave, or too long."""
     path, until, told = entry.folder.path, time.monotonic() + BUSY_SECONDS, False
-    place = claim(path / ".launcher")
+    place = place or claim(path / ".launcher")
     while place is None or entry.folder.busy():
         if asked or time.monotonic() > until:
             return None
         if not told:
-            print(f"{entry.job['name']}: another process is working on it; waiting for it", flush=True)
+            entry.say("another process is working on it; waiting for it")
             told = True
         time.sleep(RETRY_SECONDS)
         place = place or claim(path / ".launcher")
     return place
-
-
-def _failed(folder: RunFolder, state: str, code: int) -> int:
-    """The exit code; what could not say itself why it has ended is told for it."""
-    if state == "failed":
-        return int(folder.status().get("exit_code", FAILED)) or FAILED
-    killed = f"killed by {signal.Signals(code - 128).name}" if 128 < code < 128 + signal.NSIG else ""
-    hint = " (out of memory?)" if code == 128 + signal.SIGKILL else ""
-    error = killed + hint or f"ended with exit code {code} and left no reason; see its log.txt"
-    folder.set_status("failed", error=error)
-    return FAILED
 
 
 def _again(entry: Entry, before: dict[str, Any], why: str) -> int:
@@ -214,17 +236,17 @@ def _again(entry: Entry, before: dict[str, Any], why: str) -> int:
     write_json(note, {"fruitless": fruitless})
     if entry.withdrawn:
         return INTERRUPTED
-    print(f"{entry.job['name']}: {why}; queued again", flush=True)
+    entry.say(f"{why}; queued again")
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # comes in answer; Slurm would wait before it kills
 
     def requeued() -> bool | None:
         asked = _run(["scontrol", "requeue", own_id()])
         if asked.returncode != 0:
-            print(f"{entry.job['name']}: Slurm does not queue it again: {words(asked.stderr)}", flush=True)
+            entry.say(f"Slurm does not queue it again: {words(asked.stderr)}")
         return True if asked.returncode == 0 else None
 
     if _insist(requeued):
-        time.sleep(60)  # SIGTERM comes within a moment
+        time.sleep(REQUEUED_SECONDS)
     return INTERRUPTED
 
 
@@ -261,9 +283,9 @@ def _meeting_point() -> tuple[str, int]:
         return facts.get("NodeAddr", socket.gethostname()), probe.getsockname()[1]
 
 
-def _srun(entry: Entry, arguments: list[str]) -> int:
-    """One task on every node with all that the job has there, told to leave in time; the highest exit
-    code."""
+def _srun(entry: Entry, arguments: list[str], attempts: Attempts) -> int:
+    """One task on every node with all that the job has there, told to leave in time and ended when it is
+    silent; the highest exit code."""
     process = subprocess.Popen(
         [
             *(*_on_every_node(entry), "--kill-on-bad-exit=1", "--unbuffered"),
@@ -271,21 +293,42 @@ def _srun(entry: Entry, arguments: list[str]) -> int:
         ],
         env=_step_environment(),
     )
-    told = False
+    branches, leaves = Branches(entry.folder, entry.say), entry.job.get("leaves", False)
+    ask = end = time.monotonic()
     while process.poll() is None:
-        left = math.inf if told else seconds_left(_squeue("%L"))
-        pause = LEAST_PAUSE_SECONDS if left is None else left - entry.leave_seconds
-        if pause <= 0 and _step_is_there():  # else its tasks would not hear it
-            _run(["scancel", "--signal=TERM", own_id()])  # not to this process
-            told = True
+        if time.monotonic() >= ask:
+            left = seconds_left(_squeue("%L"))
+            pause = LEAST_PAUSE_SECONDS if left is None else left - entry.leave_seconds
+            if pause <= 0 and _steps():  # else its tasks would not hear it
+                _run(["scancel", "--signal=TERM", own_id()])  # not to this process
+                ask = math.inf
+            else:
+                ask = time.monotonic() + min(max(pause, LEAST_PAUSE_SECONDS), MOST_PAUSE_SECONDS)
+        attempts.hangs(entry.patience)
+        if attempts.hung is not None and time.monotonic() >= end:
+            _end(process)
+            end = time.monotonic() + RETRY_SECONDS  # should Slurm not have heard it
+        if leaves:
+            branches.set_free()
         with suppress(subprocess.TimeoutExpired):
-            process.wait(min(max(pause, LEAST_PAUSE_SECONDS), MOST_PAUSE_SECONDS))
+            process.wait(TICK_SECONDS)
+    if leaves:
+        branches.set_free(now=True)  # before Slurm cancels them, should this job fail
     return process.returncode
 
 
-def _step_is_there() -> bool:
-    """Beside the one that is the batch script's."""
-    return any(step.rpartition(".")[2].isdigit() for step in _squeue("%i", "--steps").splitlines())
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End all tasks of this job, on all nodes, and all that they have started."""
+    if steps := _steps():
+        _run(["scancel", "--signal=KILL", *steps])  # of the whole job it would be this process's end
+    else:
+        process.kill()
+
+
+def _steps() -> list[str]:
+    """Ids of what runs beside the batch script."""
+    shown = _squeue("%i", "--steps").splitlines()
+    return [step for step in shown if step.rpartition(".")[2].isdigit()]
 
 
 def _squeue(shape: str, *more: str) -> str:
@@ -351,6 +394,7 @@ def node(entry: Entry, address: str, port: int) -> int:
     code = DONE
     if not asked:
         environment = os.environ | process_environment(launch, launch.threads)
+        environment[HANG] = str(entry.patience.hang_seconds)
         # Of this task's process group, so that Slurm's signals reach it whatever it finds processes by.
         code = subprocess.Popen(line, stdin=subprocess.DEVNULL, env=environment).wait()
     told = bool(asked)

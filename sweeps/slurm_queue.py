@@ -1,4 +1,4 @@
-"""Slurm's own commands, called: sbatch, squeue, sacct, scancel.
+"""Slurm's own commands, called: sbatch, squeue, sacct, scancel, scontrol.
 
 - squeue knows every job that has not ended, and for some minutes those that have; sacct, where the cluster
   keeps accounts, knows the rest. Neither is needed to know what a run has done: that its folder tells.
@@ -81,7 +81,7 @@ def standing(recorded: str, seen: Seen | None, beats: bool = False) -> tuple[str
     if recorded == "failed":
         return recorded, ""
     if seen.reason == "DependencyNeverSatisfied":
-        return "blocked", "a job that it needs has failed"
+        return "blocked", "a job that it needs has failed or was cancelled"
     if seen.state == "CANCELLED":
         return "cancelled", ""
     if recorded == "running":  # it could not say how it ended
@@ -145,6 +145,15 @@ def cancel(ids: Iterable[str]) -> None:
     said = [line for line in done.stderr.splitlines() if "Invalid job id" not in line]
     if done.returncode != 0 and said:
         raise RecordsError(f"scancel refused: {words(done.stderr)}")
+
+
+def wait_for(job: str, what: str) -> bool:
+    """Have a job that is queued wait for this instead; whether Slurm has done so.
+
+    Args:
+        what: in the words of sbatch's ``--dependency``; nothing: it waits for nodes alone.
+    """
+    return _call(["scontrol", "update", f"JobId={job}", f"Dependency={what}"]).returncode == 0
 
 
 def words(stderr: str) -> str:

@@ -77,7 +77,8 @@ def replace_all(speeds: Sequence[RunSpeed | ImageSpeed]) -> None:
 
 MEASURED = (
     *("flops_per_second", "evaluation_flops_per_second", "images_per_second", "other_seconds"),
-    *("checkpoint_seconds", "closed_memory", "peak_memory", "points", "settings", "waited"),
+    *("checkpoint_seconds", "closed_memory", "peak_memory", "host_memory"),
+    *("points", "settings", "waited"),
 )
 """Fields of an entry that say what was measured, not of what."""
 

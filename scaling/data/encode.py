@@ -56,6 +56,7 @@ def encode_folder(folder: RunFolder, tokenizer_run: Path) -> None:
     import torch
     from accelerate import PartialState
 
+    from scaling.clock import host_memory
     from scaling.tokenizer.vqvae import load_tokenizer
 
     with recorded_failure(folder):
@@ -107,6 +108,7 @@ def encode_folder(folder: RunFolder, tokenizer_run: Path) -> None:
             progress=report,
             should_stop=job.should_stop,
         )
+        job.beat(host_memory=host_memory())
 
 
 def batch_size(resolution: int, device: str) -> int:

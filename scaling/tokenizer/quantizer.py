@@ -31,7 +31,8 @@ from torch.nn import functional as F
 from scaling.config import TokenizerConfig
 
 Size = tuple[int, int]
-VECTORS_AT_ONCE = 2**16
+DISTANCES_AT_ONCE = 2**26
+"""256 MiB of them, and as much again beside."""
 
 
 @dataclass(frozen=True)
@@ -351,4 +352,6 @@ def nearest_codes(vectors_NC: Tensor, codebook_VC: Tensor) -> Tensor:
         return torch.addmm(distances_nV, part_nC, codebook_VC.T, alpha=-2).argmin(1)
 
     # In parts: all distances of the vectors that seed a large codebook would not fit into memory.
-    return torch.cat([nearest(part_nC) for part_nC in vectors_NC.split(VECTORS_AT_ONCE)])
+    return torch.cat(
+        [nearest(part_nC) for part_nC in vectors_NC.split(max(1, DISTANCES_AT_ONCE // len(codebook_VC)))]
+    )

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from scaling.agreement import Agreement, same_start
 from scaling.checkpoint import NotFiniteError, load_checkpoint, save_checkpoint
+from scaling.clock import host_memory
 from scaling.config import ConfigError, LaunchConfig, TokenizerRunConfig, from_dict, identity, require
 from scaling.data.images import ImageSource
 from scaling.data.sources import open_source
@@ -185,6 +186,7 @@ def train_tokenizer(
     facts = evaluate_and_log(trained, validation, folder, train.steps, launch)
     if main_process:
         finish(trained, source, validation, facts, folder)
+    job.beat(host_memory=host_memory())
     accelerator.wait_for_everyone()
 
 

@@ -67,6 +67,23 @@ class Cluster:
         wait_for(lambda: "idle" in self.ask("sinfo", "-h", "-n", name, "-p", "main", "-o", "%t"))
 
 
+def trainers(run: Path) -> list[int]:
+    """Processes that train this run."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (process / "cmdline").read_bytes().split(b"\0")
+            if words[1:4] == [b"-m", b"scaling.trainer", bytes(run)]:
+                found.append(int(process.name))
+    return found
+
+
+def freeze(run: Path) -> None:
+    """Stop its trainer where it stands: a test then has all the time it needs. Slurm's signals wake it."""
+    for pid in trainers(run):
+        os.kill(pid, signal.SIGSTOP)
+
+
 def wait_for(condition: Callable[[], bool]) -> None:
     """Until it holds."""
     deadline = time.monotonic() + PATIENCE_SECONDS

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
-import signal
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,14 +10,17 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from scaling.config import ConfigError, LaunchConfig, to_dict
-from scaling.records import RecordsError, RunFolder, read_json, write_json
-from sweeps import slurm, slurm_job, slurm_queue
+from scaling.config import ConfigError, DataConfig, LaunchConfig, TokenizerConfig, TrainConfig
+from scaling.records import RecordsError, RunFolder, read_json
+from sweeps import slurm, slurm_commands, slurm_queue, speed_store
+from sweeps.calibration import measure_images
 from sweeps.jobs import Job, Kind
-from sweeps.scheduler import claim
-from sweeps.slurm_job import own_id, seconds_left
-from sweeps.slurm_options import Resources, SlurmOptions, limit_seconds, rounded_up
+from sweeps.machine import PROCESS_BYTES
+from sweeps.recipe import Recipe
+from sweeps.slurm_options import LEAST_MEMORY, MARGIN, Resources, SlurmOptions, limit_seconds, rounded_up
 from sweeps.slurm_queue import Seen, standing, words
+from sweeps.stage_memory import encoding_memory, training_memory
+from tests.slurm.stand_ins import fake
 
 LAUNCH = LaunchConfig(processes=2, threads=3)
 SLURM = SlurmOptions(executor="slurm")
@@ -147,28 +146,6 @@ def test_slurm_speaks_for_itself() -> None:
     assert words("") == "it did not say why"
 
 
-@pytest.mark.parametrize(
-    ("shown", "seconds"),
-    [
-        ("59", 59),
-        ("1:30\n", 90),
-        ("2:00:00", 7200),
-        ("1-00:00:01", 86401),
-        ("UNLIMITED", math.inf),
-        ("", None),
-        ("1:00\n2:00", None),
-    ],
-)
-def test_the_time_that_is_left(shown: str, seconds: float | None) -> None:
-    assert seconds_left(shown) == seconds
-
-
-def test_the_last_of_an_array_does_not_speak_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("JOB_ID", "5"), ("ARRAY_JOB_ID", "5"), ("ARRAY_TASK_ID", "4")):
-        monkeypatch.setenv(f"SLURM_{name}", value)
-    assert own_id() == "5_4"
-
-
 def test_without_slurm_a_person_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match="there is no sbatch on this machine"):
@@ -200,12 +177,24 @@ def test_only_what_is_missing_and_needed_is_handed_over(tmp_path: Path) -> None:
     ]
 
     def names(*active: Path) -> list[str]:
-        return [j.name for j in slurm.missing(jobs, set(active))]
+        return [j.name for j in slurm.missing(jobs, set(active), launch)]
 
+    launch = LaunchConfig()
     assert names() == ["tokens", "b", "c"]  # a whole cache is looked through before anything is trained
     assert names(tmp_path / "b") == ["c"]  # but not while a run reads it
     assert names(tokens) == ["b", "c"]
     assert names(tmp_path / "b", tmp_path / "c") == []
+    # What has diverged is left alone, and so is what would start from it.
+    jobs += [
+        job(tmp_path / "trunk", "run", "failed", (tokens,)),
+        job(tmp_path / "branch", "run", "waiting", (tokens, tmp_path / "trunk")),
+    ]
+    assert names() == ["tokens", "b", "c", "trunk", "branch"]
+    jobs[-2].folder.set_status("failed", cause="diverged")
+    assert names() == ["tokens", "b", "c"]
+    assert names(tmp_path / "trunk") == ["b", "c", "branch"]
+    launch = LaunchConfig(retry_diverged=True)
+    assert names() == ["tokens", "b", "c", "trunk", "branch"]
 
 
 def runs(tmp_path: Path, *weights: float, needs: tuple[Path, ...] = ()) -> list[Job]:
@@ -239,20 +228,6 @@ def test_a_limit_over_several_arrays_is_as_many_lanes(tmp_path: Path) -> None:
     assert {"--array=0-0", "--dependency=afterok:7,singleton"} <= set(said)
     names = {word for g in found for word in slurm.arguments(tmp_path, g, [], SLURM_2) if "job-name" in word}
     assert len(names) == 2
-
-
-def fake(place: Path, name: str, script: str) -> None:
-    (place / name).write_text(f"#!/bin/sh\n{script}\n")
-    (place / name).chmod(0o755)
-
-
-@pytest.fixture
-def commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A folder whose commands are taken for Slurm's."""
-    place = tmp_path / "bin"
-    place.mkdir()
-    monkeypatch.setenv("PATH", f"{place}:{os.environ['PATH']}")
-    return place
 
 
 def test_what_squeue_has_forgotten_sacct_tells(commands: Path) -> None:
@@ -315,84 +290,36 @@ def test_when_one_submission_is_refused_those_before_it_are_cancelled(commands: 
     assert [read_json(f).get("cancelled", False) for f in sorted(sweep.glob("slurm/*.json"))] == [True, False]
 
 
-@pytest.fixture
-def entry(commands: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> slurm_job.Entry:
-    """One in an allocation that Slurm has not begun to end; its task does nothing."""
-    for name, value in (
-        *(("ARRAY_JOB_ID", "5"), ("ARRAY_TASK_ID", "0"), ("JOB_NUM_NODES", "1"), ("CPUS_ON_NODE", "1")),
-    ):
-        monkeypatch.setenv(f"SLURM_{name}", value)
-    monkeypatch.setenv("SLURMD_NODENAME", "n1")
-    monkeypatch.setattr(slurm_job, "RETRY_SECONDS", 0.01)
-    monkeypatch.setattr(slurm_job.time, "sleep", lambda seconds: None)
-    file = tmp_path / "tiny" / "slurm" / "1-a.json"
-    launch = to_dict(LaunchConfig())
-    made = {
-        "name": "run",
-        "kind": "run",
-        "folder": "tiny/run",
-        "product": "x",
-        "arguments": [],
-        "recheck": False,
-    }
-    plan = {"machine": "Slurm", "places": 1, "threads": 1}
-    facts = {"leave_seconds": 9, "launch": launch, "plan": plan}
-    write_json(file, {"id": "5", "name": "tiny", "jobs": [made]} | facts)
-    RunFolder(tmp_path / "tiny" / "run").set_status("waiting", step=0)
-    fake(commands, "scontrol", f"echo $* >> {tmp_path}/asked; echo 'NodeAddr=n1 JobState=RUNNING '")
-    fake(commands, "squeue", "echo UNLIMITED")
-    fake(commands, "srun", "exit 143")
-    return slurm_job.Entry(file)
-
-
-@pytest.fixture
-def keep_signals() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in slurm_job.ASKED}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-@pytest.mark.usefixtures("keep_signals")
-def test_a_job_is_not_lost_while_the_controller_is_silent(
-    entry: slurm_job.Entry, commands: Path, tmp_path: Path
+def test_every_job_asks_for_memory_and_what_it_took_before_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = tmp_path / "asked"
-    fake(
-        commands,
-        "scontrol",
-        f"echo $* >> {asked}; [ $(wc -l < {asked}) -gt 4 ] || exit 1; echo ' JobState=RUNNING '",
+    monkeypatch.setenv("VARSCALE_CACHE", str(tmp_path / "cache"))
+    data = DataConfig(resolution=32, train_images=100, val_images=10, num_classes=18)
+    tokenizer = TokenizerConfig(
+        vocab=256, latent_channels=16, channels=64, norm_groups=4, multipliers=(1, 2, 2, 2), scales=(1, 2, 4)
     )
-    assert slurm_job.lead(entry) == slurm_job.INTERRUPTED
-    assert asked.read_text().splitlines()[-1] == "requeue 5_0"
+    train, launch = TrainConfig(steps=10, batch=8), LaunchConfig(device="cpu")
+    recipe = Recipe("x", (1, 2), train, data=data, tokenizer=tokenizer, launch=launch)
 
+    options = replace(SLURM, nodes_per_run=("1", "2=2"))
 
-@pytest.mark.usefixtures("keep_signals")
-def test_a_cancelled_job_neither_starts_nor_comes_back(entry: slurm_job.Entry, tmp_path: Path) -> None:
-    before = entry.folder.status()
-    write_json(entry.file, read_json(entry.file) | {"cancelled": True})
-    assert slurm_job._again(entry, before, "asked") == slurm_job.INTERRUPTED
-    assert slurm_job.lead(entry) == slurm_job.INTERRUPTED
-    assert "requeue" not in (tmp_path / "asked").read_text()
-    assert entry.folder.status() == before
+    def asked() -> dict[str, int]:
+        made = slurm_commands.plan(recipe, tmp_path, lambda data: data, options)
+        found = slurm_commands.requests(made, options)
+        return {job.name: found[job.folder.path].memory or 0 for job in made.jobs}
 
+    def expected(size: float) -> int:
+        return rounded_up(MARGIN * size, LEAST_MEMORY)
 
-@pytest.mark.usefixtures("keep_signals")
-def test_what_another_process_works_on_is_left_to_it(
-    entry: slurm_job.Entry, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(slurm_job, "BUSY_SECONDS", 0.05)
-    for held in (claim(entry.folder.path / ".launcher"), None):
-        with entry.folder.lock() if held is None else contextlib.closing(held):
-            entry.folder.set_status("running")
-            before = entry.folder.status()
-            assert slurm_job.lead(entry) == slurm_job.REFUSED
-            assert "waiting for it" in capsys.readouterr().out
-            assert entry.folder.status() == before
-
-
-@pytest.mark.usefixtures("keep_signals")
-def test_a_run_that_never_gets_on_fails(entry: slurm_job.Entry) -> None:
-    codes = [slurm_job.lead(entry) for _ in range(slurm_job.MOST_FRUITLESS)]
-    assert codes == [slurm_job.INTERRUPTED] * (slurm_job.MOST_FRUITLESS - 1) + [slurm_job.FAILED]
-    assert "without a step done in between" in entry.folder.status()["error"]
+    before = asked()
+    stage = recipe.runs(data)[0].tokenizer_run
+    assert before["tokenizer"] == expected(training_memory(stage, stage.train.batch) + PROCESS_BYTES)
+    assert before["tokens"] == expected(encoding_memory(stage) + PROCESS_BYTES)
+    assert all(before.values())
+    machine = slurm_commands.plan(recipe, tmp_path, lambda data: data, SLURM).machine
+    folder = RunFolder(tmp_path / "done")
+    folder.set_status("done", images_per_second=9.0, host_memory=20 * 2**30)
+    speed = measure_images("tokenizer", folder, stage, machine, 1, recipe.launch, 60.0)
+    assert speed is not None
+    speed_store.add(speed)
+    assert asked() == before | {"tokenizer": expected(20 * 2**30)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ from scaling.records import RunFolder, list_runs
 from sweeps.jobs import Job
 from sweeps.slurm import arguments, groups
 from sweeps.slurm_options import Resources, SlurmOptions
-from tests.slurm.cluster import Cluster, wait_for
+from tests.slurm.cluster import Cluster, freeze, wait_for
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -30,10 +31,21 @@ tokenizer:
 tokenizer_train: {steps: 6, batch: 8, warmup: 2, log_every: 2, eval_images: 8, revive_every: 2}
 train: {steps: 3, batch: 8, lr: 1.0e-3, precision: fp32}
 model: {adaln: shared, mlp_ratio: 1}
-by_depth: [{depths: [1, 2], train: {steps: 600}}]
+by_depth: [{depths: [1, 2], train: {steps: 120}}]
 evaluation: {points: 2}
-launch: {device: cpu, threads: 1, checkpoint_seconds: 1.0, log_every: 4, sampling: {images: 0}}
+launch: {device: cpu, threads: 1, checkpoint_seconds: 0.2, log_every: 4, sampling: {images: 0}}
 """
+BRANCHING = (
+    RECIPE.replace("depths: [1, 2, 3, 4, 5, 6]", "depths: [1]\nlengths: [1, 6, 8]")
+    .replace(
+        "train: {steps: 3, batch: 8, lr: 1.0e-3, precision: fp32}",
+        "train: {steps: 20, batch: 8, lr: 1.0e-3, precision: fp32, schedule: wsd, warmup_steps: 4}",
+    )
+    .replace("by_depth: [{depths: [1, 2], train: {steps: 120}}]\n", "")
+)
+"""A trunk of 160 steps, which leaves checkpoints after 16 and 96 for its two branches."""
+FIRST, SECOND, TRUNK = 20, 120, 160
+"""Their steps."""
 LONG, TWO_NODES = (1, 2), 3
 """Depths of the runs that are disturbed, and of the one on two nodes."""
 TIMES = {"images_per_second", "seconds"}
@@ -42,10 +54,11 @@ TIMES = {"images_per_second", "seconds"}
 class Sweep:
     """The recipe in a folder, and the command line."""
 
-    def __init__(self, folder: Path, cluster: Cluster | None = None) -> None:
+    def __init__(self, folder: Path, cluster: Cluster | None = None, recipe: str = RECIPE) -> None:
+        folder.mkdir(exist_ok=True)
         self.folder, self.runs, self.sweep = folder, folder / "runs", folder / "runs" / "tiny"
         self.recipe = folder / "tiny.yaml"
-        self.recipe.write_text(RECIPE)
+        self.recipe.write_text(recipe)
         # No speed that a test measures is taken for this machine's.
         self.environment = os.environ | {"VARSCALE_CACHE": str(folder / "cache")}
         self.environment |= {"SLURM_CONF": cluster.config} if cluster else {}
@@ -76,12 +89,32 @@ class Sweep:
     def job(self, depth: int) -> str:
         return str(self.status()[f"var-d{depth}"]["slurm"]["id"])
 
-    def wait_for_checkpoint(self, depth: int) -> None:
+    def of_length(self, steps: int) -> RunFolder:
+        return next(r for r in list_runs(self.sweep) if r.config()["train"]["steps"] == steps)
+
+    def slurm(self, run: RunFolder) -> dict[str, Any]:
+        return json.loads(self.do("status", "--json"))[run.name]["slurm"]
+
+    def freeze_at_checkpoint(self, launcher: subprocess.Popen[str], *depths: int) -> None:
+        """Stop these runs where they are as soon as each has a checkpoint."""
         wait_for(lambda: (self.sweep / "sweep.json").exists())
-        wait_for(lambda: any(self.run(depth).checkpoints.glob("step-*")))
+        left = [self.run(depth) for depth in depths]
+
+        def all_frozen() -> bool:
+            assert launcher.poll() is None, launcher.communicate()[0]
+            for run in [run for run in left if any(run.checkpoints.glob("step-*"))]:
+                freeze(run.path)
+                left.remove(run)
+            return not left
+
+        wait_for(all_frozen)
 
     def numbers(self, depth: int) -> list[dict[str, Any]]:
-        return [{k: v for k, v in r.items() if k not in TIMES} for r in self.run(depth).metrics()]
+        return numbers(self.run(depth))
+
+
+def numbers(run: RunFolder) -> list[dict[str, Any]]:
+    return [{k: v for k, v in r.items() if k not in TIMES} for r in run.metrics()]
 
 
 @pytest.fixture
@@ -109,9 +142,8 @@ def disturbed(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Swe
         env=there.environment,
     )
     try:
-        there.wait_for_checkpoint(LONG[0])
+        there.freeze_at_checkpoint(launcher, *LONG)
         cluster.preempt(there.job(LONG[0]))
-        there.wait_for_checkpoint(LONG[1])
         node = cluster.node_of(there.job(LONG[1]))
         cluster.kill_node(node)
         output = launcher.communicate(timeout=600)[0]
@@ -156,10 +188,9 @@ def test_nothing_is_queued_twice(held: Sweep, cluster: Cluster) -> None:
     assert "var-d6" in held.queue(*asked)
     shape = "%i %D %b %l %m %r"
     before = cluster.jobs(shape)
-    # A process on a GPU is given some main memory, a tokenizer the cluster's default.
+    # A process on a GPU is given some main memory.
     assert len(before) == 8
-    assert sum(" 1 gres:gpu:1 1:00:00 0 " in job for job in before) == 2
-    assert sum(" 1 gres:gpu:1 1:00:00 8G " in job for job in before) == 5
+    assert sum(" 1 gres:gpu:1 1:00:00 8G " in job for job in before) == 7
     assert sum(" 2 gres:gpu:2 1:30:00 16G " in job for job in before) == 1
     ids = {name: found["slurm"]["id"] for name, found in held.status().items()}
     assert {found["state"] for found in held.status().values()} == {"queued"}
@@ -307,9 +338,9 @@ def test_a_run_out_of_time_is_queued_again_and_a_cancelled_one_is_not(
         shutil.copytree(disturbed.runs / name, sweep.runs / name)
     # A minute is the least that Slurm has; of it 45 seconds are left before the run is told.
     sweep.queue("--depths", "1", "--train.steps", "100000", "--time", "1", "--leave-seconds", "15")
-    sweep.wait_for_checkpoint(1)
     job, run = sweep.job(1), sweep.run(1)
-    wait_for(lambda: (run.status()["state"], run.status()["attempt"]) == ("running", 2))
+    wait_for(lambda: any(run.checkpoints.glob("step-*")))
+    wait_for(lambda: run.status()["state"] == "running" and run.status()["attempt"] > 1)
     assert "it was asked to leave; queued again" in (run.path / "log.txt").read_text()
     assert sweep.job(1) == job
     sweep.do("cancel")
@@ -317,6 +348,61 @@ def test_a_run_out_of_time_is_queued_again_and_a_cancelled_one_is_not(
     assert run.status()["state"] == "interrupted"
     newest = max(run.checkpoints.glob("step-*")).name
     assert int(newest.removeprefix("step-")) >= run.status()["step"] > 0
+
+
+def test_branches_start_from_their_trunk_and_end_with_the_numbers_of_a_local_sweep(
+    cluster: Cluster, disturbed: Sweep, tmp_path: Path
+) -> None:
+    """A trunk that is cancelled by hand, handed over again, then pre-empted."""
+    there, here = (Sweep(tmp_path / name, at, BRANCHING) for name, at in (("there", cluster), ("here", None)))
+    for sweep, name in itertools.product((there, here), ("tokenizers", "tokens")):
+        shutil.copytree(disturbed.runs / name, sweep.runs / name)
+    here.do("run", "--launch.runs-at-once", "2")
+
+    there.queue()
+    trunk, first, second = (there.of_length(steps) for steps in (TRUNK, FIRST, SECOND))
+    wait_for(lambda: trunk.branch(16).exists())
+    freeze(trunk.path)
+    wait_for(lambda: first.status()["state"] == "done")  # while its trunk stands still
+    assert trunk.status()["state"] == "running"
+    assert (there.slurm(second)["state"], there.slurm(second)["reason"]) == ("PENDING", "Dependency")
+
+    cluster.ask("scancel", there.slurm(trunk)["id"])
+    wait_for(lambda: there.slurm(second)["reason"] == "DependencyNeverSatisfied")
+    wait_for(lambda: there.slurm(trunk)["state"] == "CANCELLED")
+    told = {found["state"] for found in json.loads(there.do("status", "--json")).values()}
+    assert told == {"done", "cancelled", "blocked"}
+
+    queued = [line for line in there.queue().splitlines() if ": queued as" in line]
+    assert {line.partition(":")[0] for line in queued} == {"tokens", trunk.name, second.name}
+    wait_for(lambda: (trunk.status()["state"], trunk.status()["attempt"]) == ("running", 2))
+    freeze(trunk.path)
+    cluster.preempt(there.slurm(trunk)["id"])
+    wait_for(lambda: second.status()["state"] == trunk.status()["state"] == "done")
+
+    assert [run.status()["attempt"] for run in (trunk, first, second)] == [3, 1, 1]
+    assert [run.shared()["step"] for run in (trunk, first, second)] == [0, 16, 96]
+    for steps in (TRUNK, FIRST, SECOND):
+        assert numbers(there.of_length(steps)) == numbers(here.of_length(steps))
+        assert there.of_length(steps).weights.read_bytes() == here.of_length(steps).weights.read_bytes()
+
+
+def test_branches_of_a_trunk_that_diverges_are_not_queued_again(
+    cluster: Cluster, disturbed: Sweep, tmp_path: Path
+) -> None:
+    sweep = Sweep(tmp_path, cluster, BRANCHING)
+    for name in ("tokenizers", "tokens"):
+        shutil.copytree(disturbed.runs / name, sweep.runs / name)
+    done = sweep.call("run", "--executor", "slurm", "--train.lr", "1e30", "--wait")
+    assert done.returncode == 1, done.stdout + done.stderr
+    trunk = sweep.of_length(TRUNK)
+    assert (trunk.status()["cause"], trunk.status()["attempt"]) == ("diverged", 1)
+    told = {found["state"] for found in json.loads(sweep.do("status", "--json")).values()}
+    assert told == {"done", "failed", "blocked"}
+    again = sweep.queue("--train.lr", "1e30")
+    assert f"{trunk.name}: not queued again: " in again
+    assert "nothing was queued" in again
+    assert cluster.jobs("%i", "--name=tiny") == []
 
 
 @pytest.mark.parametrize(

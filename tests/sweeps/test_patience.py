@@ -11,6 +11,7 @@ import random
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from rich.console import Console
 from scaling import records
 from scaling.config import ConfigError, LaunchConfig
 from scaling.records import RunFolder
-from sweeps import commands, patience, progress, scheduler
+from sweeps import attempts, commands, patience, progress, scheduler
 from sweeps.patience import Patience, Pulse, Tries
 from sweeps.progress import Progress
 from sweeps.scheduler import JobState, Result, Scheduler
@@ -75,6 +76,17 @@ def test_a_clock_that_jumps_ends_no_job(monkeypatch: pytest.MonkeyPatch) -> None
     assert pulse.silent({"progress_at": 5e9, "heartbeat": 2}) == 7, "a heart that beats is no progress"
     assert pulse.silent({"progress_at": 3.0}) == 0, "any change is"
     assert not Pulse().due(math.inf)
+
+
+def test_time_in_which_nobody_looked_is_no_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    pulse = Pulse()
+    now = time.monotonic()
+    monkeypatch.setattr(patience.time, "monotonic", lambda: now)
+    assert pulse.silent({"progress_at": 1.0}) == 0
+    for seconds, silent in ((30, 30), (3600, 30), (20, 50)):
+        now += seconds
+        assert pulse.due(1800.0)
+        assert pulse.silent({"progress_at": 1.0}) == pytest.approx(silent, abs=1)
 
 
 def test_settings_are_checked_and_default_to_patience() -> None:
@@ -145,7 +157,7 @@ def test_a_diverged_run_is_not_trained_again_by_the_next_launch_either(tmp_path:
 @pytest.mark.parametrize("behaviour", ["--diverge", "--refuse"])
 def test_crashes_before_are_not_counted_as_what_ended_it(tmp_path: Path, behaviour: str) -> None:
     sweep = Scheduler([fake_job(tmp_path, "a", behaviour=behaviour)], [()], patience=QUICK)
-    sweep.states[0].tries.count = 2
+    sweep.states[0].attempts.tries.count = 2
     (failed,) = sweep.run().failed
     assert failed.reason == {"--diverge": "it diverged", "--refuse": "data.path: nothing there"}[behaviour]
 
@@ -234,7 +246,11 @@ def test_a_file_system_that_fails_for_a_moment_costs_a_try(
 
     monkeypatch.setattr(scheduler, "write_json", stale)
     result = launched(fake_job(tmp_path, "a"))
-    assert (phases(result), starts(tmp_path, "a"), result.states[0].tries.count) == ({"a": "done"}, 1, 2)
+    assert (phases(result), starts(tmp_path, "a"), result.states[0].attempts.tries.count) == (
+        {"a": "done"},
+        1,
+        2,
+    )
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -312,7 +328,7 @@ def test_a_job_that_could_not_even_say_that_the_disk_is_full_is_not_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used = type("Usage", (), {"free": 0})
-    monkeypatch.setattr(scheduler.shutil, "disk_usage", lambda path: used)
+    monkeypatch.setattr(attempts.shutil, "disk_usage", lambda path: used)
     result = launched(fake_job(tmp_path, "a", behaviour="--empty"))
     assert result.failed[0].reason.startswith("the disk is full")
     assert (starts(tmp_path, "a"), result.exit_code) == (1, 2)
@@ -327,7 +343,7 @@ def test_an_alone_job_that_comes_late_waits_for_no_run_that_has_not_begun(tmp_pa
 
     def watch(states: Sequence[JobState]) -> None:
         for state in states:
-            mark = f"{state.job.name}{state.tries.count}"
+            mark = f"{state.job.name}{state.attempts.tries.count}"
             if state.process is not None and mark not in order:
                 order.append(mark)
 
