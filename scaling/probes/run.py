@@ -48,12 +48,14 @@ class NoiseTokens(CachedSplit):
 
 def probe_run(folder: RunFolder, config: RunConfig, launch: LaunchConfig, seconds: float) -> None:
     """Time one run's training, evaluation, checkpoint and pictures; the speed goes to ``speed.json``."""
-    torch.manual_seed(0)
-    save_tokenizer(Tokenizer(config.tokenizer), folder.path / "tokenizer", {})
-    tokenizer = load_tokenizer(folder.path / "tokenizer")
     assert config.data.train_images is not None
     assert config.data.val_images is not None
     accelerator = make_accelerator(config, launch)
+    torch.manual_seed(0)
+    if accelerator.is_main_process:
+        save_tokenizer(Tokenizer(config.tokenizer), folder.path / "tokenizer", {})
+    accelerator.wait_for_everyone()
+    tokenizer = load_tokenizer(folder.path / "tokenizer")
     with JobProcess(folder, accelerator.is_main_process, accelerator.wait_for_everyone) as job:
         watch = Stopwatch(accelerator, job)
         launch = replace(launch, attention=choose_attention(folder, config, launch, accelerator))

@@ -358,6 +358,7 @@ def test_two_processes_that_see_other_checkpoints_do_not_train(
         process.terminate()  # the launcher takes its processes with it
         process.wait(60)
     status = folder.status()
-    assert (status["state"], status["exit_code"]) == ("failed", 2)
+    # No refusal, which nobody would try again: the file system may be late.
+    assert (status["state"], status["exit_code"]) == ("failed", 1)
     assert "different checkpoints (steps 2, 0 by process)" in status["error"]
     assert folder.metrics() == before

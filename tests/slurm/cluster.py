@@ -53,11 +53,17 @@ class Cluster:
         """SIGKILL for its daemon and for all that it has started; the controller is told at once."""
         log = self.folder / "log" / f"slurmd.{name}.log"  # open in the daemon and the keepers of its steps
         mark = {f"SLURMD_NODENAME={name}", f"SLURM_CONF={self.config}"}  # and these are in all tasks
+        keepers, tasks = list[int](), list[int]()
         for process in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                files = [f.readlink() for f in (process / "fd").iterdir()]
-                if log in files or mark <= set((process / "environ").read_text().split("\0")):
-                    os.kill(int(process.name), signal.SIGKILL)
+                if log in [f.readlink() for f in (process / "fd").iterdir()]:
+                    keepers.append(int(process.name))
+                elif mark <= set((process / "environ").read_text().split("\0")):
+                    tasks.append(int(process.name))
+        # A keeper that outlived its task would tell the controller that the job had failed.
+        for number in keepers + tasks:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(number, signal.SIGKILL)
         self.ask("scontrol", "update", f"nodename={name}", "state=down", "reason=died")
 
     def revive_node(self, name: str) -> None:
