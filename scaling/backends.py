@@ -104,7 +104,10 @@ def choose_attention(
         return back_end("auto", device)
     index = 0
     if accelerator.is_main_process:
-        kept = _kept(folder) or (None if trunk is None else _kept(trunk))
+        kept = _kept(folder)
+        if kept is None and trunk is not None and (kept := _kept(trunk)) is not None:
+            # Of its own from now on: with a checkpoint and no choice it would be taken for an older run.
+            write_json(folder.path / FILE, {"back_end": kept, "from": trunk.name})
         if kept is None:
             kept = _measured(folder, config, launch, accelerator, timer or seconds_of)
         index = CANDIDATES.index(kept)

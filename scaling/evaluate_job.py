@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 
 from scaling.config import from_dict, require
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     place = RunFolder(file.parent)
     with recorded_failure(place):
         asked = from_dict(EvaluationJob, read_json(file))
-        state = PartialState(cpu=asked.request.device == "cpu")
+        state = PartialState(cpu=asked.request.device == "cpu" or not torch.cuda.is_available())
     try:
         with JobProcess(place, state.is_main_process, state.wait_for_everyone) as job:
             evaluate(asked, place, job)

@@ -29,6 +29,8 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 FULL_BYTES = 2**16
 """With less room than this a job cannot even say that the disk is full."""
 DISK_FULL = "the disk is full: free some space and start again; everything finished so far is kept"
+UNREAD_SECONDS = 60.0
+"""How long the folder of a job that is to start or has ended may be unreadable until that is a failure."""
 TAIL_LINES = 12
 
 
@@ -125,8 +127,10 @@ class Attempts:
 
     def unread(self, code: int, seconds: float) -> End:
         """Of an attempt whose folder could not be read for so long after it."""
+        if code == INTERRUPTED:
+            return End("interrupted", code, "was asked to leave")
         return End(
-            "failed", code, f"its folder could not be read for {seconds:.0f} s after it ended",
+            "failed", code or FAILED, f"its folder could not be read for {seconds:.0f} s after it ended",
             status={"state": "silent"},
         )  # fmt: skip
 
@@ -157,7 +161,7 @@ class Attempts:
         reason, often = end.reason, self.tries.count > max(1, self._before)  # not failures before this one
         if often:
             reason += f" ({self.tries.count} times, no further each time)"
-        if end.status["state"] != "failed" or often:
+        if end.status.get("state") != "failed" or often:
             more = {} if end.cause is None else {"cause": end.cause}
             self._record("failed", error=reason, exit_code=end.code, **more)
         return reason

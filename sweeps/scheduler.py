@@ -34,14 +34,12 @@ from types import FrameType
 from typing import IO, Any, Literal
 
 from scaling.records import write_json
-from sweeps.attempts import DISK_FULL, FAILED, FULL, REFUSED, Attempts, End
+from sweeps.attempts import DISK_FULL, FAILED, FULL, REFUSED, UNREAD_SECONDS, Attempts, End
 from sweeps.jobs import HANG, Job, kill
 from sweeps.patience import Patience
 
 Phase = Literal["waiting", "running", "elsewhere", "done", "failed", "interrupted", "blocked"]
 ENDED = ("done", "failed", "interrupted", "blocked")
-UNREAD_SECONDS = 60.0
-"""How long the folder of a job that is to start or has ended may be unreadable until that is a failure."""
 TICK_SECONDS = 0.1
 SAME_SIGNAL_SECONDS = 3.0
 
@@ -234,10 +232,8 @@ class Scheduler:
 
     def _not_started(self, state: JobState, error: OSError) -> None:
         full = error.errno in FULL
-        state.reason = DISK_FULL if full else f"could not be started: {error}"
-        state.code = REFUSED if full else FAILED
-        if not self._again(state, End("failed", state.code, state.reason)):
-            self._end(state, "failed")
+        reason = DISK_FULL if full else f"could not be started: {error}"
+        self._failed(state, End("failed", REFUSED if full else FAILED, reason))
 
     @staticmethod
     def _unreadable(state: JobState) -> bool:
@@ -295,11 +291,12 @@ class Scheduler:
             if not self._unreadable(state):
                 return
             end = state.attempts.unread(code, UNREAD_SECONDS)
+        state.unread = None
         state.seconds = time.time() - (state.started or time.time())
         state.process, state.slot = None, None
         state.code, state.reason = end.code, end.reason
         if end.kind == "elsewhere":
-            state.phase = "elsewhere"
+            state.phase, state.orphan = "elsewhere", True  # the claim is ours: no other launcher has it
         elif end.kind == "failed":
             self._failed(state, end)
         else:
@@ -318,7 +315,7 @@ class Scheduler:
         """Let it wait for another try after a failure; False when there is to be none."""
         pause = None if self._stopping else state.attempts.again(end, self.patience)
         if pause is not None:
-            state.not_before, state.phase = time.monotonic() + pause, "waiting"
+            state.not_before, state.phase, state.unread = time.monotonic() + pause, "waiting", None
         return pause is not None
 
     def _end(self, state: JobState, phase: Phase) -> None:

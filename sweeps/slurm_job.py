@@ -47,7 +47,7 @@ from typing import IO, Any
 from scaling.config import ConfigError, LaunchConfig, RunConfig, TokenizerRunConfig, from_dict, to_dict
 from scaling.records import RecordsError, RunFolder, read_json, write_json
 from sweeps import calibration, speed_store
-from sweeps.attempts import DONE, FAILED, INTERRUPTED, REFUSED, Attempts, End
+from sweeps.attempts import DONE, FAILED, INTERRUPTED, REFUSED, UNREAD_SECONDS, Attempts, End
 from sweeps.jobs import HANG, command, process_environment
 from sweeps.machine import Allotment, Machine
 from sweeps.patience import Patience
@@ -166,6 +166,18 @@ def lead(entry: Entry) -> int:
             time.sleep(TICK_SECONDS)
 
 
+def _ended(attempts: Attempts, code: int) -> End:
+    """How it ended, once its folder can be read."""
+    until = time.monotonic() + UNREAD_SECONDS
+    while True:
+        try:
+            return attempts.ended(code, asked=True)
+        except OSError:
+            if time.monotonic() >= until:
+                return attempts.unread(code, UNREAD_SECONDS)
+            time.sleep(TICK_SECONDS)
+
+
 def _attempt(entry: Entry, attempts: Attempts) -> End:
     """One start of the job on its nodes, to its end."""
     fresh = entry.folder.status().get("attempt", 0) == 0
@@ -174,7 +186,7 @@ def _attempt(entry: Entry, attempts: Attempts) -> End:
     attempts.begin(attempts.folder.status())
     start = time.monotonic()
     code = _srun(entry, ["node", str(entry.file), address, str(port)], attempts)
-    end = attempts.ended(128 - code if 128 < code < 128 + signal.NSIG else code, asked=True)
+    end = _ended(attempts, 128 - code if 128 < code < 128 + signal.NSIG else code)
     if end.kind == "done" and fresh:
         _remember(entry, time.monotonic() - start)
     return end

@@ -68,7 +68,7 @@ def encode_folder(folder: RunFolder, tokenizer_run: Path) -> None:
         if launch.threads is not None:
             torch.set_num_threads(launch.threads)
         torch.backends.cudnn.allow_tf32 = False  # a token is an argmin: the same on every device
-        state = PartialState(cpu=launch.device == "cpu")
+        state = PartialState(cpu=launch.device == "cpu" or not torch.cuda.is_available())
     with JobProcess(folder, state.is_main_process, state.wait_for_everyone) as job:
         tokenizer = load_tokenizer(tokenizer_run / "tokenizer")
         if tokenizer.config != config.tokenizer:

@@ -281,7 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if asked.request.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("--device is cuda, but torch sees no GPU here")
         torch.backends.cudnn.allow_tf32 = False
-        state = PartialState(cpu=asked.request.device == "cpu")
+        state = PartialState(cpu=asked.request.device == "cpu" or not torch.cuda.is_available())
     share = Share(state.process_index, state.num_processes, lambda value: list(gather_object([value])))
     try:
         with JobProcess(place, state.is_main_process, state.wait_for_everyone) as job:

@@ -28,7 +28,7 @@ def probe_tokens(folder: RunFolder, config: TokenizerRunConfig, launch: LaunchCo
     what it takes longer is a job's time beside, as is its start. No batch is encoded to warm up: after one
     that is larger than the job's own, memory comes cheaper than in the job.
     """
-    state = PartialState(cpu=launch.device == "cpu")
+    state = PartialState(cpu=launch.device == "cpu" or not torch.cuda.is_available())
     with JobProcess(folder, state.is_main_process, state.wait_for_everyone) as job:
         watch = Stopwatch(state, job)
         with watch.timed("making a tokenizer"):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import run_sweep
 from scaling.records import RunFolder
@@ -25,7 +26,7 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def evaluated(run: RunFolder, capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
-    assert run_sweep.main(["evaluate", str(run.path), "--device", "cpu", "--threads", "1", *words]) == 0
+    assert run_sweep.main(["evaluate", str(run.path), "--threads", "1", *words]) == 0
     shown = capsys.readouterr()
     assert shown.err == ""
     found: dict[str, Any] = json.loads(shown.out)
@@ -35,11 +36,12 @@ def evaluated(run: RunFolder, capsys: pytest.CaptureFixture[str], *words: str) -
 def test_one_process_gives_what_two_give(
     run: RunFolder, capsys: pytest.CaptureFixture[str], own_folder: Path
 ) -> None:
-    alone = evaluated(run, capsys, "--json")
+    alone = evaluated(run, capsys, "--json", "--device", "cpu")
     assert {name: alone[name] for name in NUMBERS} == {
         name: run.metrics("eval")[-1][name] for name in NUMBERS
     }, "the run's own last numbers"
-    two = evaluated(run, capsys, "--json", "--processes", "2")
+    device = "cpu" if torch.cuda.is_available() else "auto"  # which is another way to the CPU
+    two = evaluated(run, capsys, "--json", "--processes", "2", "--device", device)
     assert two.keys() == alone.keys()
     for name in NUMBERS:
         assert two[name] == pytest.approx(alone[name], rel=1e-5), name
