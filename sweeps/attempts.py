@@ -85,6 +85,7 @@ class Attempts:
     def begin(self, status: Mapping[str, Any]) -> None:
         """An attempt starts now: what is in the status, as it is read now, and the log is of those before."""
         self._heartbeat = status.get("heartbeat")
+        self._before = self.tries.count
         self._log_start = self.log.stat().st_size if self.log.exists() else 0
         self._pulse, self.hung = Pulse(), None
 
