@@ -191,7 +191,8 @@ def sample(where: str, request: SampleRequest) -> int:
 
 
 def stages(sweep: Path, request: StagesRequest) -> int:
-    """draw the same seeds across depths and stages of training, on one sheet (needs evaluation.snapshots)"""
+    """draw the same seeds across depths and stages of training, on one sheet (stages before the last need
+    evaluation.snapshots)"""
     from sweeps.progress import counted
     from sweeps.where import runs_by_depth
 

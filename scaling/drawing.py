@@ -57,7 +57,7 @@ def draw(
     portion = max(1, PORTION // vocab)
     parts = [(image, start) for image in range(batch) for start in range(0, count, portion)]
     threads = min(torch.get_num_threads(), len(parts))
-    if threads == 1:
+    if threads <= 1:
         for part in parts:
             race(*part)
     else:
@@ -76,8 +76,8 @@ def keep_top(logits_BlV: Tensor, top_k: int = 0, top_p: float = 0.0) -> Tensor:
         return logits_BlV
     if logits_BlV.device.type == "cpu":
         rows_RV = _as_floats(_as_numpy(logits_BlV.reshape(-1, vocab)))
-        bound_R1 = torch.from_numpy(_bounds(rows_RV, top_k, top_p))
-        return logits_BlV.masked_fill(logits_BlV < bound_R1.view(*logits_BlV.shape[:-1], 1), -math.inf)
+        outside_RV = torch.from_numpy(rows_RV < _bounds(rows_RV, top_k, top_p))
+        return logits_BlV.masked_fill(outside_RV.view_as(logits_BlV), -math.inf)
     # Only the k most likely are sorted, and the nucleus is sought among them.
     values_Blk = logits_BlV.topk(min(top_k or vocab, vocab), dim=-1).values
     bound_Bl1 = values_Blk[..., -1:]

@@ -30,12 +30,12 @@ from scaling.config import (
     from_dict,
     to_dict,
 )
+from scaling.lines import evaluation_record
 from scaling.pretrained import filled_tokenizer
 from scaling.records import IMPORTED, RunFolder, read_json
 from scaling.requests import EvaluateRequest
 from scaling.schema import ConfigError, require
 from scaling.tokenizer.vqvae import Tokenizer
-from scaling.trainer import evaluation_record
 from scaling.validation import Validation
 from scaling.weight_files import is_hub_name
 

@@ -50,7 +50,7 @@ from scaling.checkpoint import (
 )
 from scaling.clock import Clock, device_name, host_memory, peak_memory
 from scaling.compilation import compile_layers
-from scaling.config import PUBLISHED_SIDE, ConfigError, Device, LaunchConfig, Precision, RunConfig, from_dict
+from scaling.config import ConfigError, Device, LaunchConfig, Precision, RunConfig, from_dict
 from scaling.data.cache import TokenCache, open_cache
 from scaling.divergence import Divergence
 from scaling.evaluation import evaluate
@@ -59,6 +59,7 @@ from scaling.feeding import kept_on_device
 from scaling.generation import sample_grid
 from scaling.layers.attention import back_end
 from scaling.layers.block import Block
+from scaling.lines import evaluation_record, training_record
 from scaling.memory import out_of_memory
 from scaling.objective import Objective
 from scaling.process import DivergedError, Interrupted, JobProcess, recorded_failure, run_job
@@ -350,55 +351,6 @@ def set_rates(optimizer: Any, config: RunConfig, step: int) -> None:
     decay = weight_decay(config.train, step, config.total_steps)
     for group in optimizer.param_groups:
         group["lr"], group["weight_decay"] = rate, decay * group["decay"]
-
-
-def progress_record(config: RunConfig, done: int, spent: flops.Spent, images: int) -> dict[str, Any]:
-    """What has been spent after ``done`` steps, under DESIGN's names."""
-    return {
-        "step": done,
-        "tokens": spent.tokens,
-        "epochs": done * config.train.batch / images,
-        "flops": spent.flops,
-    }
-
-
-def training_record(
-    config: RunConfig,
-    accelerator: Accelerator,
-    sums: dict[str, Tensor],
-    done: int,
-    spent: flops.Spent,
-    images: int,
-) -> dict[str, Any]:
-    """The line of a log point: means over the global batch, before the update. Synchronises.
-
-    With random steps they are of the token maps that this step used, and ``loss_last`` of the largest.
-    """
-    names = [name for name in sums if name != "grad_norm"]
-    reduced = accelerator.reduce(torch.stack([sums[name] for name in names]), reduction="sum")
-    means = {name: float(v) / config.train.batch for name, v in zip(names, reduced.tolist(), strict=True)}
-    return {
-        "kind": "train",
-        **progress_record(config, done, spent, images),
-        **means,
-        "lr": learning_rate(config.train, done - 1, config.total_steps),
-        "grad_norm": float(sums["grad_norm"]),
-    }
-
-
-def evaluation_record(config: RunConfig, done: int, spent: flops.Spent, images: int) -> dict[str, Any]:
-    """The part of an evaluation's line that does not depend on the model's answers."""
-    # Another crop of an image is another token sequence; each of its maps is the same whenever it is used.
-    sides = range(1, PUBLISHED_SIDE + 1) if config.model.step_schedule == "published" else config.model.scales
-    unique = images * config.data.views * sum(side * side for side in sides)
-    return {
-        "kind": "eval",
-        **progress_record(config, done, spent, images),
-        "params": flops.params(config.model),
-        "params_total": flops.params_total(config.model),
-        "unique_tokens": min(spent.tokens, unique),
-        "flops_6nd": flops.flops_6nd(config.model, spent.tokens),
-    }
 
 
 def finish(

@@ -379,7 +379,8 @@ def print_plan(
     out.print(plan_table(made, out.width, costs, forecasts.runs if forecasts else None))
     told = [*plan_notes(made), *(costs.notes(made) if costs else [])]
     if forecasts is not None:
-        told.append("forecast: loss_last of a new run at 95 %, by the law fitted to the finished runs")
+        if any(found.reached is None for found in forecasts.runs.values()):
+            told.append("forecast: loss_last of a new run at 95 %, by the law fitted to the finished runs")
         told += [*surprises(forecasts), *([forecasts.note] if forecasts.note else [])]
     notes(out, *told, *_warnings(made))
 

@@ -59,8 +59,9 @@ class Option:
 
 
 def flag_of(path: Keys) -> str:
-    """The option of a value; a field named after a word of Python's ends with an underscore, ``class_``."""
-    return "--" + ".".join(key.removesuffix("_") for key in path).replace("_", "-")
+    """The option of a value, or of the list that it is in; a field named after a word of Python's ends with
+    an underscore, ``class_``."""
+    return "--" + ".".join(key.removesuffix("_") for key in path if not key.isdigit()).replace("_", "-")
 
 
 def options_of(cls: type, path: Keys = ()) -> list[Option]:

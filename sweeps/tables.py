@@ -167,7 +167,8 @@ def _costs(rates: Rates, hours: float | None) -> dict[str, str]:
 def plan_notes(plan: Plan) -> list[str]:
     """What stands below the table: the data, the machine, and how memory and time were told."""
     time_note = _time_note(plan) if plan.stated is None else _stated_note(plan)
-    notes = [_data_note(plan), _machine_note(plan), _memory_note(plan), time_note, *_design_note(plan)]
+    notes = [_data_note(plan), _machine_note(plan), _memory_note(plan), time_note]
+    notes += [*_begun_note(plan), *_design_note(plan)]
     if plan.seconds:
         at = time.localtime(time.time() + plan.seconds)
         end = time.strftime("%H:%M" if plan.seconds < 12 * 3600 else "%A %d %B, %H:%M", at)
@@ -177,6 +178,18 @@ def plan_notes(plan: Plan) -> list[str]:
         uses = [f"{job.folder.name} for {', '.join(plan.families_of(stage_of(job)))}" for job in tokens]
         notes.insert(1, f"tokenizers: {'; '.join(uses)}")
     return notes
+
+
+def _begun_note(plan: Plan) -> list[str]:
+    """What is counted how, where runs go on from a checkpoint of their own."""
+    left = [run for run in plan.runs if run.state != "done"]
+    own, to_do = (sum(getattr(run, name) for run in left) for name in ("flops_spent", "flops_to_do"))
+    if to_do >= own:
+        return []
+    return [
+        f"begun: {to_do:.3g} of {own:.3g} FLOPs are left; times and what follows from them are of these, "
+        "tokens, FLOPs and disk of whole runs"
+    ]
 
 
 def _design_note(plan: Plan) -> list[str]:

@@ -21,6 +21,16 @@ def started(root: Path, name: str) -> Path:
     return root / name
 
 
+def test_a_wrong_word_of_a_list_is_told_by_the_option(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = started(tmp_path, "mine")
+    assert run_sweep.main(["sync", str(mine), "--to", "tensorbord"]) == 2
+    shown = capsys.readouterr().err
+    assert "--to:" in shown
+    assert "tensorboard" in shown
+
+
 def test_a_sweep_is_found_by_its_name_its_folder_and_its_recipe(tmp_path: Path) -> None:
     root = tmp_path / "runs"
     mine = started(root, "mine")

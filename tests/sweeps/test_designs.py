@@ -350,6 +350,9 @@ def test_what_a_checkpoint_holds_is_not_to_do(tmp_path: Path, branch: bool) -> N
     assert sum(run.seconds_to_do or 0.0 for run in after.runs) == pytest.approx(
         totals[1]["seconds_to_do_sum"]
     )
+    assert not any(note.startswith("begun:") for note in plan_notes(before))
+    left, own = (totals[1][name] for name in ("flops_to_do", "flops_spent"))
+    assert any(note.startswith(f"begun: {left:.3g} of {own:.3g} FLOPs") for note in plan_notes(after))
 
 
 def test_status_counts_of_a_branch_what_is_its_own(tmp_path: Path) -> None:
